@@ -32,7 +32,8 @@ from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.config import LlamaOptions
 from llambo.worker.engine import protocol as proto
-from llambo.worker.llama.llama_engine import LlamaEngine, load
+from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama.loading import load
 
 SLOTS, CONTEXT, BATCH = 8, 1024, 128
 TALE = "the llama crosses a mountain in winter and sings of snow while seven birds listen to it"
@@ -136,6 +137,7 @@ def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
 def accounts(cancels: int, seed: int, threads: int) -> None:
     engine_options = LlamaOptions(slots=SLOTS, context=CONTEXT, batch=BATCH, threads=threads)
     engine = load(proto.Configure("llama", "smollm2", llama=engine_options), lambda progress: None)
+    assert isinstance(engine, LlamaEngine)
     engine.forget()
     before = answer(engine)
     began = time.monotonic()

@@ -270,7 +270,8 @@ def python_sampling() -> str:
     return "\n".join(table(["field", "type", "default", ""], rows))
 
 
-ANSWERS = ("Piece", "Answer", "Usage", "CalledTool", "Logprob", "TopToken", "Tokenized", "Embeddings")
+ANSWERS = ("Piece", "Answer", "Usage", "CalledTool", "Logprob", "TopToken", "Tokenized", "Embeddings",
+           "Ranking", "RankedDocument")  # fmt: skip
 ROWS = (
     "MeshStatus", "ModelRow", "ModelHost", "ModelVariant", "HostRow", "MemoryRow", "WorkerRow", "RequestRow",
     "RequestStory", "StoryStep", "EventRow", "Recent", "SampleRow", "EndedRow", "AccountRow", "DrainReply", "HoldReply",

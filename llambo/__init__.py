@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llambo.mesh.client.answer_stream import Answer, Embeddings, Piece, Stream, Tokenized
+    from llambo.mesh.client.answer_stream import Answer, Piece, Stream
     from llambo.mesh.client.client import Client
     from llambo.mesh.client.client_requests import Counters
     from llambo.mesh.client.request_options import ClientSettings, Messages, Options, TaskCall
     from llambo.mesh.client.sync_client import SyncClient, SyncStream
+    from llambo.mesh.client.task_results import Embeddings, RankedDocument, Ranking, Tokenized
     from llambo.mesh.wire.errors import Code, LlamboError
     from llambo.mesh.wire.messages import Lease, Usage
     from llambo.mesh.wire.reports import (
@@ -44,11 +45,12 @@ __version__ = "0.1.0"
 
 #: The names of each file.
 _NAMES = {
-    "llambo.mesh.client.answer_stream": "Answer Embeddings Piece Stream Tokenized",
+    "llambo.mesh.client.answer_stream": "Answer Piece Stream",
     "llambo.mesh.client.client": "Client",
     "llambo.mesh.client.client_requests": "Counters",
     "llambo.mesh.client.request_options": "ClientSettings Messages Options TaskCall",
     "llambo.mesh.client.sync_client": "SyncClient SyncStream",
+    "llambo.mesh.client.task_results": "Embeddings RankedDocument Ranking Tokenized",
     "llambo.mesh.wire.errors": "Code LlamboError",
     "llambo.mesh.wire.messages": "Lease Usage",
     "llambo.mesh.wire.reports":
@@ -62,9 +64,9 @@ _HOME = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "AccountRow", "Answer", "CalledTool", "Client", "ClientSettings", "Code", "Counters", "DrainReply", "Embeddings",
     "EndedRow", "EventRow", "HoldReply", "HostRow", "Lease", "LeaseReply", "LlamboError", "Logprob", "MemoryRow",
-    "MeshStatus", "Messages", "ModelHost", "ModelRow", "ModelVariant", "Options", "Piece", "Recent", "RequestRow",
-    "RequestStory", "SampleRow", "StoryStep", "Stream", "SyncClient", "SyncStream", "TaskCall", "Tokenized",
-    "TopToken", "Usage", "WorkerRow", "__version__",
+    "MeshStatus", "Messages", "ModelHost", "ModelRow", "ModelVariant", "Options", "Piece", "RankedDocument", "Ranking",
+    "Recent", "RequestRow", "RequestStory", "SampleRow", "StoryStep", "Stream", "SyncClient", "SyncStream", "TaskCall",
+    "Tokenized", "TopToken", "Usage", "WorkerRow", "__version__",
 ]  # fmt: skip
 
 

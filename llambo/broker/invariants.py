@@ -64,6 +64,8 @@ def _queue(state: State) -> None:
 
 
 def _workers(state: State) -> None:
+    kinds = state.models.kinds
+    assert kinds.keys() <= state.models.unserved_since.keys(), "the kind of a model that is forgotten"
     for session, worker in state.registry.workers.items():
         assert worker.session == session and state.registry.worker_names[worker.name] is worker
         assert not worker.backlog.wants_receipt, "much was sent, and no receipt asked for"
@@ -77,6 +79,7 @@ def _workers(state: State) -> None:
                 assert pool.least_loaded() is not None
         suspects = [r for key in given if (r := state.running.get(key)) is not None and r.suspicion.token >= 0]
         assert len(suspects) <= 1, "two suspects on one engine"
+        assert worker.state == "starting" or kinds.keys() >= set(worker.serving.models), "its model has no kind"
 
 
 def _emptying(state: State) -> None:

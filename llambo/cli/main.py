@@ -16,6 +16,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "attach": ("commands.send", "Follow a request that was sent earlier."),
         "cancel": ("commands.requests", "Stop a request."),
         "embed": ("commands.tokens", "Turn texts into vectors."),
+        "rerank": ("commands.rerank", "Sort documents by how well they fit a query."),
         "tokens": ("commands.tokens", "Show the tokens of a text."),
     },
     "Look": {

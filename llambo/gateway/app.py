@@ -42,7 +42,7 @@ from llambo.gateway.answers.asgi import CODE_KEY, Connection, HttpRequest, Later
 from llambo.gateway.answers.feed import Arrival, Feeds, parse_event_id
 from llambo.gateway.answers.unread import Unread
 from llambo.gateway.answers.websocket import PROTOCOL, Apis, SocketSession, offered_protocols, offered_token
-from llambo.gateway.apis import anthropic_messages, embeddings, openai_chat, openai_completions, responses
+from llambo.gateway.apis import anthropic_messages, embeddings, openai_chat, openai_completions, rerank, responses
 from llambo.gateway.apis.response_store import ResponseStore
 from llambo.gateway.apis.responses import ResponsesRequest
 from llambo.gateway.config import GatewayConfig
@@ -214,6 +214,16 @@ async def embed(request: BodyRequest, data: embeddings.EmbeddingRequest) -> ASGI
     return Later(embeddings.answer(await client_of(request), data))
 
 
+@post(["/rerank", "/reranking"], status_code=200, summary="Documents by how well they fit a query")
+async def rerank_v1(request: BodyRequest, data: rerank.RerankRequest) -> ASGIApp:
+    return Later(rerank.answer(await client_of(request), data))
+
+
+@post(list(rerank.MORE_PATHS), status_code=200, summary="Documents by how well they fit a query")
+async def rerank_elsewhere(request: BodyRequest, data: rerank.RerankRequest) -> ASGIApp:
+    return Later(rerank.answer(await client_of(request), data))
+
+
 @post("/responses", status_code=200, summary="Answer, and store the response")
 async def respond(request: BodyRequest, data: ResponsesRequest) -> ASGIApp:
     gateway, owner = gateway_of(request), caller_of(request).name
@@ -254,6 +264,7 @@ def _model(row: ModelRow, rows: list[ModelRow]) -> JsonObject:
     classes = [naming.class_of(each.model) for each in rows if naming.is_in_class(each.model, {row.model})]
     mesh: JsonObject = {"workers": row.workers, "loading": row.loading, "slots": row.slots, "waiting": row.waiting}
     mesh |= ({"classes": classes} if classes else {}) | ({"fake": True} if row.fake else {})
+    mesh |= {"kind": row.kind} if row.kind else {}
     return {"id": row.model, "object": "model", "created": 0, "owned_by": "llambo", "llambo": mesh}
 
 
@@ -323,7 +334,7 @@ async def openapi(request: BodyRequest) -> Response[bytes]:
 def _document(*, tokens: bool) -> bytes:
     """Of an application that serves nothing: the one that serves would add paths with pages that load scripts."""
     described = Litestar(
-        [_v1(), *OWN],
+        [*_apis(), *OWN],
         openapi_config=OpenAPIConfig(
             title="llambo",
             version=llambo.__version__,
@@ -338,7 +349,7 @@ def _document(*, tokens: bool) -> bytes:
 
 #: Routes that require an API token where there are keys.
 V1 = [
-    chat, completions, embed, list_models, one_model,
+    chat, completions, embed, rerank_v1, list_models, one_model,
     respond, one_response, delete_response,
     messages, count_tokens, stream,
 ]  # fmt: skip
@@ -346,8 +357,11 @@ V1 = [
 OWN = [healthz, readyz, page_of_metrics, openapi]
 
 
-def _v1() -> Router:
-    return Router("/v1", route_handlers=V1, guards=[has_token], security=[{"token": []}])
+def _apis() -> list[Router]:
+    return [
+        Router(path, route_handlers=handlers, guards=[has_token], security=[{"token": []}])
+        for path, handlers in (("/v1", V1), ("/", [rerank_elsewhere]))
+    ]
 
 
 def make_app(gateway: Gateway) -> Middleware:
@@ -355,7 +369,7 @@ def make_app(gateway: Gateway) -> Middleware:
     cors = CORSConfig(allow_origins=list(config.cors), expose_headers=["x-request-id", "retry-after"])
     pages = routes.routes(gateway.access, token_of, Watches(lambda: gateway.stopping))
     app = Litestar(
-        [_v1(), *OWN, *pages],
+        [*_apis(), *OWN, *pages],
         request_class=BodyRequest,
         request_max_body_size=config.body_bytes,
         cors_config=cors if config.cors else None,
@@ -435,7 +449,8 @@ def completed(document: JsonObject, *, tokens: bool) -> JsonObject:
         for method, operation in operations.items():
             responses = operation["responses"]
             responses.pop("400", None)
-            if path.startswith("/v1/"):
+            is_api = path.startswith("/v1/") or path in rerank.MORE_PATHS
+            if is_api:
                 responses |= {
                     "4XX": _error(path, "The request is invalid"),
                     "5XX": _error(path, "The mesh cannot answer now"),
@@ -444,8 +459,9 @@ def completed(document: JsonObject, *, tokens: bool) -> JsonObject:
                 responses["503"] = {**responses["200"], "description": "No worker is ready"}
             if path in STREAMED and method == "post":
                 responses["200"]["content"] = {"application/json": {"schema": _OBJECT}, "text/event-stream": {}}
-            elif path.startswith("/v1/"):
-                responses["200"]["content"] = {"application/json": {"schema": _OBJECT}}
+            elif is_api:
+                schema = {"type": ["object", "array"]} if "rerank" in path else _OBJECT
+                responses["200"]["content"] = {"application/json": {"schema": schema}}
             if not tokens:
                 operation.pop("security", None)
     return document

@@ -131,6 +131,8 @@ class GatewayMetrics(Observer):
 
 def api_of(route: str) -> str:
     """The value of the label `api`."""
+    if route.endswith(("/rerank", "/reranking")):
+        return "rerank"
     if not route.startswith("/v1/"):
         return "own"
     return "anthropic" if route.startswith("/v1/messages") else "own" if route == "/v1/stream" else "openai"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.identity import PeerKey
+from llambo.mesh.wire.messages import Kind
 
 #: The memory of the host, among the kinds of memory that models are loaded into.
 RAM = "ram"
@@ -65,6 +66,8 @@ class FakeOptions:
     context_tokens: int = 0
     #: Numbers in an embedding.
     embedding_size: int = 8
+    #: What its model is for.
+    kind: Kind = "generate"
     #: How long the model takes to load.
     load_ms: int = 0
     #: The memory that it takes when it is loaded.

@@ -54,16 +54,16 @@ class Engine(Protocol):
     def next_wakeup_ms(self) -> int: ...
 
 
-def make_engine(configure: proto.Configure, send: Callable[[proto.Progress], None]) -> Engine:
+def make_engine(configure: proto.Configure, send: Callable[[proto.EngineMessage], None]) -> Engine:
     if configure.engine == "fake":
         memory = load_fake(configure, send)
         return FakeEngine(configure.fake, configure.model_name, memory)
     if configure.engine == "llama":
         # libgomp reads it when it is loaded, so it has to be set before.
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-        from llambo.worker.llama.llama_engine import load  # noqa: PLC0415  # a fake engine does not need llama.cpp
+        from llambo.worker.llama.loading import load  # noqa: PLC0415  # a fake engine does not need llama.cpp
 
-        return load(configure, send)
+        return load(configure, send, alive=lambda: send(proto.Step()))
     raise SystemExit(f"there is no engine {configure.engine!r}; there are fake and llama")
 
 

@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from bench import tiny_model
-from llambo.mesh.client.answer_stream import decoded
+from llambo.mesh.client.task_results import decoded
 from llambo.mesh.link import sockets
 from llambo.mesh.security import keyring, keys
 from llambo.mesh.settings import settings, settings_table

@@ -40,7 +40,7 @@ def from_client(chance: random.Random, ids: Sequence[bytes], model: str = "tiny"
         chance.choice(PRIORITIES),
         chance.choice((0, 0, 1, 1_000)),
         chance.random() < 0.2,
-        task=chance.choice(("generate", "generate", "generate", "tokenize", "embed")),
+        task=chance.choice(("generate", "generate", "generate", "tokenize", "embed", "rerank")),
         logprobs=chance.choice((None, None, 2)),
     )
     resumed = m.InferenceRequest(id, model, 50, have=len(held), resume=True, prompt_bytes=prompt_bytes)

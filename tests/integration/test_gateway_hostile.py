@@ -161,7 +161,8 @@ def test_nothing_from_elsewhere_on_any_path(gateway: GatewayProcess) -> None:
 FOR_CLIENTS = [
     ("POST", CHAT), ("POST", "/v1/completions"), ("POST", "/v1/embeddings"), ("POST", "/v1/responses"),
     ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"), ("GET", "/v1/models"), ("GET", "/v1/models/fake"),
-    ("GET", "/v1/responses/resp_0"), ("DELETE", "/v1/responses/resp_0"),
+    ("GET", "/v1/responses/resp_0"), ("DELETE", "/v1/responses/resp_0"), ("POST", "/v1/rerank"),
+    ("POST", "/v1/reranking"), ("POST", "/v2/rerank"), ("POST", "/rerank"), ("POST", "/reranking"),
 ]  # fmt: skip
 FOR_ADMINS = [
     ("GET", "/metrics"), ("GET", "/board/live"), ("GET", "/board/requests/" + "0" * 32), ("POST", "/board/drain"),
@@ -178,7 +179,8 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
     ):
         page = {"/", *(f"/board/{name}" for name in assets())}
         assert check_what_a_browser_is_given(gateway) == page | {"/openapi.json", "/healthz", "/health", "/readyz"}
-        offered = {path for path in gateway.get("/openapi.json")["paths"] if path.startswith("/v1/")}
+        ways = gateway.get("/openapi.json")["paths"]
+        offered = {path for path in ways if path.startswith("/v1/") or "rerank" in path}
         asked = {path.replace("/fake", "/{name}").replace("/resp_0", "/{id}") for _, path in FOR_CLIENTS}
         assert offered == asked, "a path was added: say here who may use it"
         for method, path in FOR_CLIENTS + FOR_ADMINS:

@@ -23,6 +23,7 @@ from llambo.worker.llama import binding, dry_run
 from llambo.worker.llama.llama_engine import LlamaEngine, Setup
 from llambo.worker.models import gguf, model_files, placement
 from llambo.worker.models.placement import GIB, MIB, ComputeDevice, Placement
+from llambo.worker.models.purpose import Purpose
 
 PATH = str(model_files.find("smollm2"))
 LAYERS = 31
@@ -64,7 +65,7 @@ def test_sizes_are_those_of_the_file() -> None:
     file = gguf.read(PATH)
     sizes = placement.sizes_of([file])
     layout = model_files.unchecked_layout(OPTIONS, file, 2**40, 1)
-    measured = dry_run._measure(PATH, layout, placement.CPU, sizes)
+    measured = dry_run._measure(PATH, layout, placement.CPU, sizes, Purpose())
     assert sizes.all_layers == LAYERS
     assert sum(measured.cache.values()) == pytest.approx(512 * file.cell_bytes(2.0), rel=0.01)
     assert measured.work([]).host > MIB

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -18,7 +18,8 @@ from llambo.mesh.wire.tokens import Logprob
 from llambo.worker.config import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Progress, Refused, Start
 from llambo.worker.llama import binding
-from llambo.worker.llama.llama_engine import LlamaEngine, load
+from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama.loading import load
 from llambo.worker.models import model_files
 
 CONTEXT, SLOTS = 1024, 4
@@ -47,7 +48,13 @@ def reported() -> list[Progress]:
 @pytest.fixture(scope="module")
 def loaded(reported: list[Progress]) -> LlamaEngine:
     options = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=1, batch=128)
-    return load(Configure("llama", "smollm2", llama=options, safe=True), reported.append)
+    return load_generating(Configure("llama", "smollm2", llama=options, safe=True), reported.append)
+
+
+def load_generating(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
+    engine = load(configure, send)
+    assert isinstance(engine, LlamaEngine)
+    return engine
 
 
 @pytest.fixture
@@ -330,7 +337,9 @@ def test_too_long_is_refused_with_the_numbers(engine: LlamaEngine) -> None:
 
 def test_the_last_cell_can_be_used() -> None:
     # A small context is soon full.
-    small = load(Configure("llama", "smollm2", llama=LlamaOptions(slots=2, context=128, threads=1, batch=64)), print)
+    small = load_generating(
+        Configure("llama", "smollm2", llama=LlamaOptions(slots=2, context=128, threads=1, batch=64)), print
+    )
     start = ask(prompt="la " * 80, tokens=2, sampling=Sampling(temperature=0.0, ignore_eos=True))
     prompt = run(small, start)[0].usage
     assert prompt is not None

@@ -37,7 +37,8 @@ PROMPTS = (
 )
 TOKENS = 32
 #: What calls each function of the library. Left out are tests of what is made of it, and those that take longest.
-FILES = ("test_llama_engine.py", "test_llama_grammar.py", "test_llama_candidates.py", "test_llama_tasks.py")
+FILES = ("test_llama_engine.py", "test_llama_grammar.py", "test_llama_candidates.py", "test_llama_tasks.py",
+         "test_llama_pooled.py")  # fmt: skip
 LEFT_OUT = (
     "stopped_anywhere", "share_their_steps", "last_cell", "second_turn", "sampling1", "penalties", "seeded", "stop",
     "same_seed", "system_message", "defaults", "do_not_change", "do_not_know", "cancel", "embeddings_are_those",
@@ -87,7 +88,9 @@ def test_the_engine_works_with_the_other_library_too() -> None:
 NUMBERS = """
 import sys, numpy as np
 from llambo.worker.llama import llama
+from llambo.worker.llama.embedder import Embedder
 from llambo.worker.models.model_files import Layout
+from llambo.worker.models.purpose import Purpose
 model_path, library, result = sys.argv[1:]
 llama.open_library(library)
 model = llama.Model(model_path, safe=True)
@@ -101,7 +104,7 @@ for kv_type in ("f32", "f16"):
         decoder = llama.Decoder(model, layout(kv_type, flash_attn))
         rows = [*range(60), *range(20)], [0] * 60 + [1] * 20
         found.append(decoder.decode(tokens + tokens[:20], *rows, [59, 79]).copy())
-embedder = llama.Embedder(model, layout("f32", "off"), 256)
+embedder = Embedder(model, layout("f32", "off"), 256, Purpose())
 found.append(embedder.embed(tokens, range(60), [0] * 60).copy())
 np.savez(result, *found)
 """

@@ -18,9 +18,10 @@ from llambo.mesh.wire.messages import Task
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Refused, Start
-from llambo.worker.llama.llama_engine import LlamaEngine, load
+from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama.pooled_engine import PooledEngine
 from llambo.worker.models import model_files
-from tests.integration.test_llama_engine import CONTEXT, SLOTS, ask, engine, loaded, reported, run
+from tests.integration.test_llama_engine import CONTEXT, SLOTS, ask, engine, load_generating, loaded, reported, run
 
 __all__ = ["engine", "loaded", "reported"]  # fixtures
 TEXTS = [
@@ -38,7 +39,7 @@ def task(kind: Task, data: Any = b"", number: int = 1, pieces: int = limits.RESU
     return Start(bytes([number]) * 24, body, pieces, 0, task=kind, options=tasks.TaskOptions(**options))
 
 
-def outputs_of(engine: LlamaEngine, *starts: Start) -> dict[bytes, Output]:
+def outputs_of(engine: LlamaEngine | PooledEngine, *starts: Start) -> dict[bytes, Output]:
     for start in starts:
         assert engine.start(start, 0) is None
     found: dict[bytes, Output] = {}
@@ -200,7 +201,9 @@ def test_what_cannot_be_done_is_refused_with_its_numbers(engine: LlamaEngine) ->
 
 
 def test_without_memory_for_embeddings_there_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = load(Configure("llama", "smollm2", llama=LlamaOptions(slots=1, context=256, threads=1)), lambda _: None)
+    small = load_generating(
+        Configure("llama", "smollm2", llama=LlamaOptions(slots=1, context=256, threads=1)), lambda _: None
+    )
     monkeypatch.setattr(host, "free_memory_bytes", lambda: 1)
     code, text = refused(small, task("embed", ["hello"]))
     assert code is Code.BUSY and "0 MiB are free" in text and "--ctx" in text

@@ -24,9 +24,9 @@ from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import LlamaOptions, WorkerConfig
 from llambo.worker.engine.protocol import Configure, Start
-from llambo.worker.llama.llama_engine import LlamaEngine, load
+from llambo.worker.llama.llama_engine import LlamaEngine
 from tests.integration import hermes
-from tests.integration.test_llama_engine import Generated, engine, loaded, refusal, reported, run
+from tests.integration.test_llama_engine import Generated, engine, load_generating, loaded, refusal, reported, run
 from tests.unit.gateway_bench import Call, collect, read
 
 __all__ = ["engine", "loaded", "reported"]  # fixtures
@@ -203,7 +203,7 @@ def test_the_tools_count_as_tokens_of_the_prompt(engine: LlamaEngine) -> None:
 def made_for_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
     path = hermes.make(tmp_path_factory.mktemp("model") / "hermes.gguf")
     options = LlamaOptions(slots=2, context=1024, threads=1, batch=128)
-    yield load(Configure("llama", str(path), llama=options, safe=True), lambda progress: None)
+    yield load_generating(Configure("llama", str(path), llama=options, safe=True), lambda progress: None)
     path.unlink()
 
 

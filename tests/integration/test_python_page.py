@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ def mesh(folder: Folder) -> Iterator[Mesh]:
     with Mesh(
         2, fake=FakeOptions(tokens_per_s=2_000), config=BrokerConfig(timing=Timing(startup_grace_ms=0)), keys=folder
     ) as mesh:
+        reranks = FakeOptions(tokens_per_s=2_000, kind="rerank")
+        mesh.worker_config = replace(mesh.worker_config, model="rank", fake=reranks)
+        mesh.spawn("rank").first_line()
         yield mesh
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
@@ -76,8 +76,10 @@ class Bench:
         fingerprint: str = "",
         state: m.WorkerState = "ready",
         user: str = "",
+        kind: m.Kind | Literal[""] = "",
     ) -> Worker:
-        hello = m.WorkerHello(name, incarnation, [m.ModelInfo(model, fingerprint)], slots, state=state)
+        infos = [m.ModelInfo(model, fingerprint, kind=kind)]
+        hello = m.WorkerHello(name, incarnation, infos, slots, state=state)
         return Worker(self, route or name.encode() + incarnation, hello, user)
 
     def host(

@@ -34,7 +34,7 @@ CHUNK = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", "\u00e9".encode()[:1]],
 CHUNK_WITH_LOGPROBS = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", b"!"], 0, LOGPROBS)
 BEAT = tokens.encode_beat(2**33, SESSION)
 ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
-MODELS = [m.ModelInfo("tiny", "f00d", 2_048)]
+MODELS = [m.ModelInfo("tiny", "f00d", 2_048, "embed")]
 HOSTED = m.HostedModel(
     "tiny", "embed", "failed", 41, {"ram": 2**30}, "box-1-tiny", True, ["alice/x"], 4_000, 3, "out of memory", 5_000,
 )  # fmt: skip

@@ -115,10 +115,12 @@ def test_a_file_that_is_gone_hides_no_other(tmp_path: Path) -> None:
     assert set(lists.scan()) == {"b"}
 
 
-@pytest.mark.parametrize(("pooling", "kind"), [(None, "generate"), (0, "generate"), (1, "embed"), (4, "rerank")])
+@pytest.mark.parametrize(("pooling", "kind"), [(None, "generate"), (1, "embed"), (4, "rerank")])
 def test_the_kind_is_in_the_file(tmp_path: Path, pooling: int | None, kind: str) -> None:
     tiny(tmp_path / "a.gguf", more={} if pooling is None else {"llama.pooling_type": pooling})
-    assert scan(tmp_path)["a"].stored.kind == kind
+    stored = scan(tmp_path)["a"].stored
+    assert stored.kind == kind
+    assert ("without a classifier" in stored.refusal) is (kind == "rerank"), "this file has no classifier"
 
 
 def test_with_a_gpu_llama_cpp_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

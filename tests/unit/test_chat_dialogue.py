@@ -17,7 +17,8 @@ from llambo.cli.chat.dialogue import LEAST_ANSWER, AskOptions, Dialogue, Message
 from llambo.cli.chat.screen import Screen
 from llambo.cli.chat.slash_commands import COMMANDS, enter
 from llambo.cli.chat.store import SavedChat, Store, Turn
-from llambo.mesh.client.answer_stream import Answer, Piece, Tokenized
+from llambo.mesh.client.answer_stream import Answer, Piece
+from llambo.mesh.client.task_results import Tokenized
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import MeshStatus, ModelRow

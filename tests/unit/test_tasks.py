@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import msgspec
 import pytest
 
-from llambo.mesh.client.answer_stream import Collector
+from llambo.mesh.client.task_results import Collector, Ranking, ranking_of
 from llambo.mesh.link.link_core import Publish, Send
 from llambo.mesh.wire import limits, tasks, tokens
 from llambo.mesh.wire import messages as m
@@ -17,6 +18,7 @@ from llambo.worker.agent import events as e
 from llambo.worker.config import FakeOptions
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeEngine
+from llambo.worker.engine.fake_model import ranking
 from llambo.worker.engine.protocol import Output, Start
 from tests.unit.broker_bench import Bench, Worker, request_id, small_mesh
 from tests.unit.test_fake_engine import run
@@ -207,6 +209,34 @@ def test_the_fake_engine_embeds_texts_alike_unless_it_wanders() -> None:
     assert tasks.vectors_of(wandering)[0] != one
 
 
+def rerank_input(query: str, *documents: str) -> bytes:
+    return msgspec.msgpack.encode(tasks.RerankInput(query, list(documents)))
+
+
+def test_the_fake_engine_ranks_by_words_alike_unless_it_wanders() -> None:
+    data = rerank_input("where do cats sleep", "bonds fell", "cats sleep on mats", "a cat", "cats sleep on mats")
+    reranks = FakeOptions(kind="rerank")
+    bonds, mats, cat, again = fake("rerank", data, reranks)["scores"]
+    assert 0 < max(bonds, cat) < mats == again < 1 and bonds != cat
+    assert fake("rerank", data, FakeOptions(kind="rerank", style="wander"))["scores"] != [bonds, mats, cat, again]
+    start = Start(b"k" * 24, data, 1, 0, task="rerank", options=tasks.TaskOptions(raw=True))
+    raw = ranking(b"", start, reranks).scores
+    assert [1 / (1 + math.exp(-score)) for score in raw] == pytest.approx([bonds, mats, cat, again])
+
+
+def test_the_fake_engine_does_what_its_kind_does() -> None:
+    data = rerank_input("a", "b")
+    assert fake("rerank", data).code is Code.BAD_REQUEST
+    for kind in ("embed", "rerank"):
+        options = FakeOptions(kind=kind)
+        assert fake("generate", b"hello", options).code is Code.BAD_REQUEST
+        assert fake("model_info", b"", options)["kind"] == FakeEngine(options).ready().models[0].kind == kind
+    assert "document 1 with the query has 6 tokens" in fake(
+        "rerank", rerank_input("ab", "cd", "cdef"), FakeOptions(kind="rerank", context_tokens=5)
+    ).text  # fmt: skip
+    assert fake("rerank", b"junk", FakeOptions(kind="rerank")).code is Code.BAD_REQUEST
+
+
 def test_the_fake_engine_refuses_with_numbers() -> None:
     data = msgspec.msgpack.encode(["x" * 30])
     error = fake("embed", data, FakeOptions(context_tokens=20))
@@ -230,6 +260,35 @@ def test_room_is_asked_for_by_what_goes_in() -> None:
     assert tasks.most_pieces("embed", 3, 100) == 8
     assert tasks.most_pieces("embed", 2_000, 100) == limits.RESULT_PIECES
     assert tasks.most_pieces("tokenize", 1, 4 * 2**20) == limits.RESULT_PIECES
+    assert tasks.most_pieces("rerank", limits.RERANK_DOCUMENTS, 4 * 2**20) == 4
+    most = tasks.RerankResult([1 / 3] * limits.RERANK_DOCUMENTS, [2**16] * limits.RERANK_DOCUMENTS)
+    assert len(tasks.pieces_of(msgspec.msgpack.encode(most))) <= 4
+
+
+def test_a_shortened_vector_has_its_length_again() -> None:
+    assert tasks.shortened([3.0, 4.0, 12.0], 2, normalized=True) == [0.6, 0.8]
+    assert tasks.shortened([3.0, 4.0, 12.0], 2, normalized=False) == [3.0, 4.0]
+    assert tasks.shortened([0.0, 0.0, 1.0], 2, normalized=True) == [0.0, 0.0]
+
+
+def test_documents_are_ranked_by_score_and_equal_ones_stay_in_order() -> None:
+    async def ranked() -> Ranking:
+        found = tasks.RerankResult([0.5, 0.9, 0.5, 0.1], [1, 2, 3, 4])
+        return ranking_of(found, ["a", "b", "c", "d"], 3, Collector())
+
+    ranking = asyncio.run(ranked())
+    assert [(each.index, each.score, each.document) for each in ranking.results] == [
+        (1, 0.9, "b"), (0, 0.5, "a"), (2, 0.5, "c"),
+    ]  # fmt: skip
+    assert ranking.tokens == [1, 2, 3, 4]
+
+
+def test_scores_that_are_not_one_for_each_document_are_an_error() -> None:
+    async def ranked() -> Ranking:
+        return ranking_of(tasks.RerankResult([0.5], [1]), ["a", "b"], None, Collector())
+
+    with pytest.raises(LlamboError, match="1 scores for 2 documents"):
+        asyncio.run(ranked())
 
 
 @pytest.mark.parametrize(

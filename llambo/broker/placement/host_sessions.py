@@ -134,8 +134,10 @@ def index_models(state: State, now_ms: int) -> None:
             for name in (model, in_class(model, host.hello.node_class)):
                 hosts.having.setdefault(name, {})[host.name] = model
     state.models.claimed.difference_update(hosts.having)
-    for name in hosts.having:
+    for name, places in hosts.having.items():
         known.setdefault(name, max(1, now_ms))
+        place, stored = next(iter(places.items()))
+        state.models.kinds.setdefault(name, hosts.by_name[place].models[stored].kind)
     for name in before.keys() - hosts.having.keys():
         if known.get(name):  # its requests wait for a while from now on
             known[name] = max(1, now_ms)

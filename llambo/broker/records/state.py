@@ -29,6 +29,7 @@ from llambo.broker.records.schedule import POLICIES
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import ANYONE, Identity
+from llambo.mesh.wire.tasks import TASKS_OF
 from llambo.mesh.wire.timers import NEVER_MS, Timers
 
 #: `random_bytes(n)`: the shell passes the system's, the simulator seeded ones.
@@ -62,12 +63,20 @@ class Models:
         self.served: set[str] = set()
         #: Those that a client says to have had at another broker, and of which no worker or orchestrator has said so.
         self.claimed: set[str] = set()
+        #: What they are for, as a worker has said that is ready, or knows it already.
+        self.kinds: dict[str, m.Kind] = {}
         self.retries = retries
 
     def forget(self, model: str) -> None:
         del self.unserved_since[model]
         self.served.discard(model)
         self.claimed.discard(model)
+        self.kinds.pop(model, None)
+
+    def can(self, model: str, task: m.Task) -> bool:
+        """As far as is known: the kind of a model whose first worker is still loading it may not be."""
+        kind = self.kinds.get(model)
+        return kind is None or task in TASKS_OF[kind]
 
 
 class Wakeups:

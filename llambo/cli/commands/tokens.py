@@ -26,6 +26,7 @@ EMBED_EXAMPLES = """
 llambo embed "The cat sits on the mat."        one line of JSON
 llambo embed --lines - < titles.txt > vectors.jsonl
 llambo embed --compare "a cat" "a kitten" "a bond"   how near they are
+llambo embed --model nomic --dimensions 256 "a cat"
 """
 
 
@@ -79,13 +80,22 @@ def _ids(text: str) -> list[int]:
 @click.argument("text", nargs=-1, metavar="[TEXT...|-]")
 @click.option("--lines", is_flag=True, help="Each line of stdin is a text.")
 @click.option("--compare", is_flag=True, help="Show how near each is to each: 1 is the same direction.")
-@click.option("--pooling", type=click.Choice(["mean", "last"]), help="How the tokens of a text become one vector.")
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "last"]),
+    help="How the tokens of a text become one vector, if the model is not one for embeddings.",
+)
+@click.option(
+    "--dimensions", type=click.IntRange(min=1),
+    help="Only the first so many numbers of a vector, for models that were trained for that.",
+)  # fmt: skip
 @json_option
 @settings_options(["client_model"])
 @client_options
 def embed(
-    common: Common, /, text: tuple[str, ...], lines: bool, compare: bool, pooling: str | None, as_json: bool, **_: Any
-) -> None:
+    common: Common, /, text: tuple[str, ...], lines: bool, compare: bool, pooling: str | None, dimensions: int | None,
+    as_json: bool, **_: Any,
+) -> None:  # fmt: skip
     """Make a vector of each TEXT, of length 1, and print one a line: JSON arrays.
 
     The text is stdin with `-` or without any argument.
@@ -96,7 +106,10 @@ def embed(
         whole = prompt_of(text)
         texts = whole.splitlines() if lines else [whole]
     model = common.settings.text("client_model") or None
-    found = ask(common, lambda client: client.embed(texts, pooling=pooling or "", model=model))  # type: ignore[arg-type]
+    found = ask(
+        common,
+        lambda client: client.embed(texts, pooling=pooling or "", dimensions=dimensions, model=model),  # type: ignore[arg-type]
+    )
     if compare:
         near = [
             [math.fsum(a * b for a, b in zip(one, two, strict=True)) for two in found.vectors] for one in found.vectors

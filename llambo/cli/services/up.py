@@ -36,7 +36,9 @@ from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, local_endpoint
 from llambo.mesh.security.keyring import ISSUED
 from llambo.mesh.service.extras import extra_command
 from llambo.mesh.service.host import exit_text, ready_line
+from llambo.mesh.settings.settings import Settings
 from llambo.mesh.settings.settings_table import BY_NAME, of_roles
+from llambo.mesh.wire.messages import Kind
 from llambo.mesh.wire.timers import backoff_ms
 
 EXAMPLES = """
@@ -71,7 +73,14 @@ STOP_S = (5.0, 2.0)
 #: The longest line of output that is passed on in one piece.
 LINE_BYTES = 64 * 1024
 #: A request body that works with every model.
-CHAT = '{"messages": [{"role": "user", "content": "What is AI?"}]}'
+#: What a model is good for, by its kind: the words of a command, a path and a body.
+FIRST: dict[Kind, tuple[str, str, str]] = {
+    "generate": (
+        'send "What is AI?"', "/v1/chat/completions", '{"messages": [{"role": "user", "content": "What is AI?"}]}'
+    ),
+    "embed": ('embed --compare "a cat" "a kitten" "a bond"', "/v1/embeddings", '{"input": "a cat"}'),
+    "rerank": ('rerank "cats" "a cat" "a bond"', "/v1/rerank", '{"query": "cats", "documents": ["a cat", "a bond"]}'),
+}  # fmt: skip
 
 
 @click.command(cls=Command, examples=EXAMPLES)
@@ -121,6 +130,7 @@ class MeshCommands:
     keys: Path | None = None
     #: The worker loads models when they are asked for.
     on_demand: bool = False
+    kind: Kind = "generate"
 
 
 def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands:
@@ -134,7 +144,7 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
     worker_flags = {
         name: value for name, value in flags.items() if BY_NAME[name] in of_roles("worker") and name != "broker"
     }  # fmt: skip
-    engine, _, _ = engine_and_model(settings)
+    engine, model, _ = engine_and_model(settings)
     if not settings.number("threads") and engine == "llama":
         # Threads of one engine wait for each other by spinning: more of them than cores would slow all down.
         worker_flags["threads"] = max(1, physical_cores() // workers)
@@ -153,7 +163,21 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
         fake=engine == "fake",
         keys=folder.path.absolute() if folder is not None else None,
         on_demand=bool(hosted_names(settings)),
+        kind=_kind_of(settings, engine, model),
     )  # fmt: skip
+
+
+def _kind_of(settings: Settings, engine: str, model: str) -> Kind:
+    """By the header of its file. What is wrong with that is reported by its worker."""
+    if engine == "fake":
+        return settings.text("fake_kind")  # type: ignore[return-value]  # the table of settings has the choices
+    from llambo.worker.models import gguf, model_files
+    from llambo.worker.models.purpose import purpose_of
+
+    try:
+        return purpose_of(gguf.read(str(model_files.find(model)))).kind
+    except (gguf.BadModelFile, model_files.NoSuchModel, OSError):
+        return "generate"
 
 
 def _gateway(common: Common, shared: list[str]) -> tuple[list[str] | None, str]:
@@ -394,10 +418,12 @@ def show_first_commands(address: str, made: MeshCommands, url: str) -> None:
         # The address in the key is for other machines; this one may not be able to resolve it.
         print_notice(f"    export LLAMBO_KEY={made.keys / ISSUED / 'admin.key'} LLAMBO_BROKER={address}", err=False)
         flag, token = "", f' -H "Authorization: Bearer $(llambo keys token admin --keys {made.keys})"'
-    for words in (*(("models",) if made.on_demand else ()), 'send "What is AI?"', "status", "workers"):
+    first, path, body = FIRST[made.kind]
+    asking = ("models", 'send --model NAME "What is AI?"') if made.on_demand else (first,)
+    for words in (*asking, "status", "workers"):
         print_notice(f"    llambo{flag} {words}", err=False)
     if url:
-        print_notice(f"    curl {url}/v1/chat/completions{token} -d '{CHAT}'", err=False)
+        print_notice(f"    curl {url}{path}{token} -d '{body}'", err=False)
         report(f"the dashboard is at {url}/")
     if made.gateway_note:
         report(made.gateway_note)

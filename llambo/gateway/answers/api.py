@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -20,6 +20,13 @@ from llambo.mesh.wire.tokens import Logprob
 
 #: An object of JSON, with any values.
 JsonObject = dict[str, Any]
+
+
+class WholeBody(NamedTuple):
+    """The body of a reply that is no stream. `fake`: what is in it is made up."""
+
+    content: object
+    fake: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.types import Receive, Scope, Send
 
-from llambo.gateway.answers.api import Renderer, encode
+from llambo.gateway.answers.api import Renderer, WholeBody, encode
 from llambo.gateway.answers.api_errors import error_reply, shape_of
 from llambo.gateway.answers.feed import Feed, Feeds, Place
 from llambo.gateway.answers.rendering import Rendering, comment
@@ -33,6 +33,7 @@ QUIET_S = 15.0
 CODE_KEY = "llambo.code"
 #: Of an answer that no model made.
 FAKE_HEADER = (b"x-llambo-engine", b"fake")
+_FAKE = {name.decode(): value.decode() for name, value in [FAKE_HEADER]}
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -163,29 +164,28 @@ class Whole(_Reader):
         if self._feed.error is not None:
             await reply_error(send, self._feed.error, scope)
         else:
-            name, value = FAKE_HEADER
-            headers = {name.decode(): value.decode()} if self._feed.fake else None
-            await reply(send, 200, encode(self._rendering.body()), headers)
+            await reply(send, 200, encode(self._rendering.body()), _FAKE if self._feed.fake else None)
 
     def _leave(self, scope: Scope) -> None:
         self._feeds.drop(self._feed, "the client closed its connection")
 
 
 class Later:
-    """Work whose result is the body: embeddings, counts. Cancelled when the client closes its connection."""
+    """Work whose result is the body: embeddings, scores, counts. Cancelled when the client closes its connection."""
 
-    def __init__(self, work: Coroutine[Any, Any, object]) -> None:
+    def __init__(self, work: Coroutine[Any, Any, WholeBody]) -> None:
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = encode(await unless_disconnected(self._work, receive))
+            content, fake = await unless_disconnected(self._work, receive)
+            body = encode(content)
         except Disconnected:
             return
         except LlamboError as error:
             await reply_error(send, error, scope)
             return
-        await reply(send, 200, body)
+        await reply(send, 200, body, _FAKE if fake else None)
 
 
 async def unless_disconnected(work: Coroutine[Any, Any, T], receive: Receive) -> T:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from llambo.gateway.answers.api import AnswerHead, JsonObject, Parsed, StreamEvent, Submission, Token, encode
+from llambo.gateway.answers.api import AnswerHead, JsonObject, Parsed, StreamEvent, Submission, Token, WholeBody, encode
 from llambo.gateway.answers.api_errors import FieldError, error_body
 from llambo.gateway.apis.openai_common import Share, Stop, llambo_fields
 from llambo.gateway.apis.prompts import (
@@ -113,11 +113,11 @@ def parse(body: MessagesRequest) -> Parsed:
     return Parsed(Submission(prompt.text, _options(body, prompt)), renderer, bool(body.stream))
 
 
-async def count(client: Client, body: CountRequest) -> dict[str, int]:
+async def count(client: Client, body: CountRequest) -> WholeBody:
     """`/v1/messages/count_tokens`: the tokens of the prompt, with all that the chat template of the model adds."""
     prompt = _prompt(body)
     found = await client.tokenize(prompt.text, form=prompt.form, model=body.model or None)
-    return {"input_tokens": len(found.ids)}
+    return WholeBody({"input_tokens": len(found.ids)})
 
 
 def _options(body: MessagesRequest, prompt: EncodedChat) -> Options:

@@ -1,4 +1,4 @@
-"""What callers receive: streams of pieces, whole answers, results of tasks; and how a client reaches its callers."""
+"""What callers receive: streams of pieces, whole answers; and how a client reaches its callers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
-
-import msgspec
 
 from llambo.mesh.client import client_events as e
 from llambo.mesh.wire import messages as m
@@ -305,71 +303,6 @@ class Stream:
 def limit_buffer(stream: Stream, tokens: int, size: int) -> None:
     """For a reader with memory of its own, which reads the stream at once or not at all."""
     stream._buffer.limits = tokens, size
-
-
-# --- results of tasks ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenized:
-    """The tokens of a text."""
-
-    #: Their ids.
-    ids: list[int]
-    #: The text of each, as bytes, because a character may be split across tokens.
-    pieces: list[bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Embeddings:
-    """Vectors of texts."""
-
-    #: One for each text, in the same order.
-    vectors: list[list[float]]
-    #: The number of tokens of each text.
-    tokens: list[int]
-    #: How the vectors of the tokens of a text were combined: "mean" or "last".
-    pooling: str
-
-
-class Collector:
-    """The pieces of the result of a task, and the whole result when it has ended."""
-
-    def __init__(self) -> None:
-        self.result: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._pieces: list[bytes] = []
-
-    def _deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
-        self._pieces += pieces
-
-    def _set_place(self, ahead: int, model: str, *, fake: bool) -> None:
-        """Its place in the queue is not shown."""
-
-    def _set_note(self, note: str) -> None:
-        """Nor is why it waits."""
-
-    def _set_end(self, end: m.End) -> None:
-        if end.reason == "stop":
-            self._settle(lambda: self.result.set_result(b"".join(self._pieces)))
-        elif end.error is not None:
-            self._set_error(LlamboError.of(end.error))
-        else:
-            self._set_error(LlamboError(Code.CANCELLED, f"request {end.id.hex()} was cancelled"))
-
-    def _set_error(self, error: LlamboError) -> None:
-        self._settle(lambda: self.result.set_exception(error))
-
-    def _settle(self, settle: Callable[[], None]) -> None:
-        if not self.result.done():
-            settle()
-
-
-def decoded(data: bytes, kind: type[T], what: str) -> T:
-    """A result of a worker or broker, checked: it may have sent anything."""
-    try:
-        return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise LlamboError(Code.BAD_MESSAGE, f"{what} cannot be read: {error}") from error
 
 
 # --- all callers of one client -------------------------------------------------------------------------------

@@ -26,18 +26,7 @@ import msgspec
 import zmq
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.answer_stream import (
-    Answer,
-    Collector,
-    Embeddings,
-    Piece,
-    Stream,
-    Tokenized,
-    Waiters,
-    decoded,
-    reject,
-    resolve,
-)
+from llambo.mesh.client.answer_stream import Answer, Piece, Stream, Waiters, reject, resolve
 from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.client.client_requests import Counters
 from llambo.mesh.client.client_shell import ClientShell
@@ -55,6 +44,16 @@ from llambo.mesh.client.request_options import (
     request_id,
     task_input,
     task_request,
+)
+from llambo.mesh.client.task_results import (
+    Collector,
+    Embeddings,
+    RankedDocument,
+    Ranking,
+    Tokenized,
+    decoded,
+    embeddings_of,
+    ranking_of,
 )
 from llambo.mesh.link import sockets
 from llambo.mesh.link.link_core import LinkProblem
@@ -256,13 +255,14 @@ class Client:
             text, form = chat.text, chat.form
         data = encode_prompt(text)
         options = tasks.TaskOptions(form=form, system=system, special=special)
-        found = await self._task("tokenize", data, 1, options, call, tasks.TokenizeResult)
+        found, _ = await self._task("tokenize", data, 1, options, call, tasks.TokenizeResult)
         return Tokenized(found.ids, found.pieces)
 
     async def detokenize(self, ids: Sequence[int], *, special: bool = False, **call: Unpack[TaskCall]) -> str:
         """The text of these tokens. `special`: control tokens appear by their names; otherwise they are left out."""
         options = tasks.TaskOptions(special=special)
-        found = await self._task("detokenize", task_input(list(ids)), len(ids), options, call, tasks.DetokenizeResult)
+        data = task_input(list(ids), tasks.Ids)
+        found, _ = await self._task("detokenize", data, len(ids), options, call, tasks.DetokenizeResult)
         return found.text.decode(errors="replace")
 
     async def embed(
@@ -271,28 +271,51 @@ class Client:
         *,
         normalized: bool = True,
         pooling: tasks.Pooling = "",
+        dimensions: int | None = None,
         **call: Unpack[TaskCall],
     ) -> Embeddings:
         """Embeddings of texts. Many at once cost less than one by one.
 
-        `pooling`: "mean" or "last"; left out: the one that the model was trained for, or the mean.
+        `pooling`: "mean" or "last", for a model that generates; one for embeddings has its own. `dimensions`: only the
+        first so many numbers of each vector, for models that were trained for that (Matryoshka).
         """
         given = [texts] if isinstance(texts, str) else list(texts)
         if not 0 < len(given) <= limits.EMBED_INPUTS:
             raise LlamboError(Code.BAD_REQUEST, f"{len(given)} texts to embed, 1 to {limits.EMBED_INPUTS} are allowed")
         options = tasks.TaskOptions(normalized=normalized, pooling=pooling)
-        found = await self._task("embed", task_input(given), len(given), options, call, tasks.EmbedResult)
-        try:
-            return Embeddings(tasks.vectors_of(found), found.tokens, found.pooling)
-        except ValueError as error:
-            raise LlamboError(Code.BAD_MESSAGE, f"the result of embed cannot be read: {error}") from error
+        data = task_input(given, tasks.Texts)
+        found, by = await self._task("embed", data, len(given), options, call, tasks.EmbedResult)
+        return embeddings_of(found, dimensions, by)
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        raw: bool = False,
+        **call: Unpack[TaskCall],
+    ) -> Ranking:
+        """How well each document fits the query, the best first, by a model that reranks.
+
+        `top_n`: only so many of them. `raw`: scores as the model gives them, and not from 0 to 1.
+        """
+        given = list(documents)
+        if not 0 < len(given) <= limits.RERANK_DOCUMENTS:
+            text = f"{len(given)} documents to rerank, 1 to {limits.RERANK_DOCUMENTS} are allowed"
+            raise LlamboError(Code.BAD_REQUEST, text)
+        data = task_input({"query": query, "documents": given}, tasks.RerankInput)
+        found, by = await self._task(
+            "rerank", data, len(given), tasks.TaskOptions(raw=raw), call, tasks.RerankResult
+        )  # fmt: skip
+        return ranking_of(found, given, top_n, by)
 
     async def model_info(self, **call: Unpack[TaskCall]) -> dict[str, Any]:
         """Facts about a model, how it is served, and the sampling of requests that set none.
 
         The names are those of `llambo models NAME --json`.
         """
-        return await self._task("model_info", b"", 1, tasks.TaskOptions(), call, dict[str, Any])
+        return (await self._task("model_info", b"", 1, tasks.TaskOptions(), call, dict[str, Any]))[0]
 
     # --- queries and commands ----------------------------------------------------------------------------------
 
@@ -398,8 +421,8 @@ class Client:
 
     async def _task(
         self, task: m.Task, data: bytes, inputs: int, options: tasks.TaskOptions, call: TaskCall, kind: type[T]
-    ) -> T:
-        """Run a task, and return its result. If the caller is cancelled, so is the task."""
+    ) -> tuple[T, Collector]:
+        """Run a task, and return its result, and what knows the model. If the caller is cancelled, so is the task."""
         request = task_request(task, inputs, len(data), options, call)
         collector = self._waiters.streams[request.id] = Collector()
         self._handle(e.SubmitAsked(request, data))
@@ -408,7 +431,7 @@ class Client:
         except asyncio.CancelledError:
             self._handle_for_stream(e.CancelAsked(request.id, drop=True))
             raise
-        return decoded(result, kind, f"the result of {task}")
+        return decoded(result, kind, f"the result of {task}"), collector
 
     async def _ask(self, what: str, argument: str, kind: type[T]) -> T:
         return await self._question(lambda number: e.QueryAsked(number, what, argument), what, kind)
@@ -520,6 +543,6 @@ class Client:
 
 
 __all__ = [
-    "DEFAULT_ADDRESS", "Answer", "Client", "ClientSettings", "Embeddings", "Options", "Piece", "Stream", "TaskCall",
-    "Tokenized",
+    "DEFAULT_ADDRESS", "Answer", "Client", "ClientSettings", "Embeddings", "Options", "Piece", "RankedDocument",
+    "Ranking", "Stream", "TaskCall", "Tokenized",
 ]  # fmt: skip

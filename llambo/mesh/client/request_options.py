@@ -1,6 +1,6 @@
 """The settings of a client, prompts, conversations, options of requests and tasks, and the messages they become.
 
-A task (tokenize, detokenize, embed, model_info) is a request like any other, see `wire/tasks.py`.
+A task (tokenize, detokenize, embed, rerank, model_info) is a request like any other, see `wire/tasks.py`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Options(TypedDict, total=False):
 class TaskCall(TypedDict, total=False):
     """Options of every task. An option that is left out, or None, has its default."""
 
-    #: Required only if the mesh serves several models.
+    #: Required only if the mesh serves several models that can do the task.
     model: str | None
     #: The class in the queue: "interactive", "normal" (the default) or "batch".
     priority: m.Priority | None
@@ -254,10 +254,11 @@ def task_request(
     )  # fmt: skip
 
 
-def task_input(value: Any) -> bytes:
+def task_input(value: Any, kind: Any) -> bytes:
+    """`kind`: as what the worker decodes it."""
     try:
         data = _encode(value)
-        msgspec.msgpack.decode(data, type=tasks.Texts if value and isinstance(value[0], str) else tasks.Ids)
+        msgspec.msgpack.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeError, TypeError, OverflowError) as error:
         raise LlamboError(Code.BAD_REQUEST, f"the input is not valid: {error}") from error
     if len(data) > limits.PROMPT_BYTES:

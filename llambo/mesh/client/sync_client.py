@@ -221,6 +221,7 @@ class SyncClient:
     tokenize = _blocking(Client.tokenize)
     detokenize = _blocking(Client.detokenize)
     embed = _blocking(Client.embed)
+    rerank = _blocking(Client.rerank)
     model_info = _blocking(Client.model_info)
     query = _blocking(Client.query)
     status = _blocking(Client.status)

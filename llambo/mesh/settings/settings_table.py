@@ -296,6 +296,7 @@ _FAKE = (
     row("fake.answer_tokens", Kind.NUMBER, 0, "mean length of an answer; 0: as long as allowed"),
     row("fake.context_tokens", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: no limit"),
     row("fake.embedding_size", Kind.NUMBER, 8, "dimensions of an embedding", low=1, high=65_536),
+    row("fake.kind", Kind.TEXT, "generate", "what the model is for", choices=("generate", "embed", "rerank")),
     row("fake.crash_at", Kind.NUMBER, 0, "crash after so many tokens; 0: never"),
     row("fake.hang_at", Kind.NUMBER, 0, "hang after so many tokens; 0: never"),
     row("fake.slow_at", Kind.NUMBER, 0, "slow down after so many tokens; 0: never"),

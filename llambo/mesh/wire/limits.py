@@ -43,6 +43,8 @@ RESULT_PIECE_BYTES = 16 * 1024
 RESULT_PIECES = RESULT_BYTES // RESULT_PIECE_BYTES
 #: Texts of one `embed` task.
 EMBED_INPUTS = 2_048
+#: Documents of one `rerank` task.
+RERANK_DOCUMENTS = 2_048
 
 #: A mark of a broker, which its peers hand back unread.
 MARK_BYTES = 64

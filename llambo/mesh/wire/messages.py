@@ -39,7 +39,7 @@ Port = Annotated[int, Meta(ge=1, le=65_535)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Priority = Literal["interactive", "normal", "batch"]
 #: The kind of a request: an answer, or a task, whose result is not a stream of tokens (see `tasks`).
-Task = Literal["generate", "tokenize", "detokenize", "embed", "model_info"]
+Task = Literal["generate", "tokenize", "detokenize", "embed", "model_info", "rerank"]
 #: How many of the likeliest tokens are sent with each token; None: not even the logprob of the token itself.
 Logprobs = Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None
 Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
@@ -64,6 +64,8 @@ class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
     fingerprint: Name = ""
     context_tokens: Count = 0
+    #: Empty: not known yet, or the worker is older, and then it generates.
+    kind: Literal["", "generate", "embed", "rerank"] = ""
 
 
 #: The state of a worker: its engine loads the model, it accepts work, or it accepts no new work.

@@ -107,7 +107,7 @@ class ModelRow(_Row, frozen=True, kw_only=True):
     fake: bool = False
     #: If its workers do not all serve the very same model: who can continue whose answers.
     variants: list[ModelVariant] = []
-    #: What it is for: "generate", "embed" or "rerank"; empty: no host has reported it.
+    #: What it is for: "generate", "embed" or "rerank"; empty: a worker is loading it, and that is not known yet.
     kind: str = ""
     #: The hosts that have it, loaded or not.
     hosts: list[ModelHost] = []

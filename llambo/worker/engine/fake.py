@@ -14,6 +14,7 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
 from llambo.mesh.wire.naming import FAKE
+from llambo.mesh.wire.tasks import TASKS_OF
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.worker.config import FakeOptions
 from llambo.worker.engine import fake_model
@@ -72,7 +73,8 @@ class FakeEngine:
         # Two fake engines can continue each other's answers only if they would produce the same tokens.
         options = self._options
         fingerprint = f"{FAKE}-{options.style}-{options.answer_tokens}-{int(options.utf8_split)}"
-        return Ready([ModelInfo(self._model, fingerprint, options.context_tokens)], options.slots, "fake engine")
+        info = ModelInfo(self._model, fingerprint, options.context_tokens, options.kind)
+        return Ready([info], options.slots, "fake engine")
 
     @property
     def running_keys(self) -> list[bytes]:
@@ -121,6 +123,9 @@ class FakeEngine:
     def _refusal(self, start: Start) -> Refused | None:
         if len(self._sequences) >= self._options.slots:
             return Refused(start.key, ErrorInfo(Code.BUSY, f"all {self._options.slots} slots of this engine are taken"))
+        if start.task not in TASKS_OF[self._options.kind]:
+            text = f"{self._model} is a fake model of the kind {self._options.kind!r}, which does not do {start.task!r}"
+            return Refused(start.key, ErrorInfo(Code.BAD_REQUEST, text), final=True)
         prompt_tokens, limit = len(start.prompt.split()), self._options.context_tokens
         if start.task == "generate" and limit and prompt_tokens + start.max_tokens > limit:
             text = f"{prompt_tokens} prompt tokens + max_tokens {start.max_tokens} exceed the context of {limit}"

@@ -11,7 +11,7 @@ answer that ends at `max_tokens` may stop inside a character, as with a real mod
 
 Results of tasks can be computed again by a test, byte for byte. The tokenizer has one token for each byte. An embedding
 is a hash of its text; with `wander` also of the dispatch, so that a result put together from two dispatches is
-detected.
+detected. The score of a document is the share of the query's words in it, and a little of a hash.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from llambo.worker.engine.protocol import (
     TaskRefused,
     TaskResult,
     decode_ids,
+    decode_rerank,
     decode_texts,
     mix,
     result_pieces,
@@ -152,23 +153,45 @@ def _result(start: Start, options: FakeOptions, model: str) -> TaskResult:
             return tasks.DetokenizeResult(b"".join(map(_piece, decode_ids(start.prompt))))
         case "embed":
             return embeddings(start.key[-limits.DISPATCH_ID_BYTES :], start, options)
+        case "rerank":
+            return ranking(start.key[-limits.DISPATCH_ID_BYTES :], start, options)
         case _:
-            return {"model": model, "engine": "fake", "style": options.style, "context_tokens": options.context_tokens}
+            return {
+                "model": model, "kind": options.kind, "engine": "fake", "style": options.style,
+                "context_tokens": options.context_tokens,
+            }  # fmt: skip
 
 
 def _piece(id: int) -> bytes:
     return bytes([id]) if id < BYTE_TOKENS else piece_of(id)
 
 
+def _count(what: str, text: str, options: FakeOptions) -> int:
+    tokens, limit = len(text.encode()), options.context_tokens
+    if limit and tokens > limit:
+        raise TaskRefused(Code.TOO_LONG, f"{what} has {tokens} tokens, the context has {limit}")
+    return tokens
+
+
+def ranking(dispatch: bytes, start: Start, options: FakeOptions) -> tasks.RerankResult:
+    base = base_of(dispatch, b"rerank") if options.style == "wander" else 0
+    given = decode_rerank(start.prompt)
+    words = set(given.query.lower().split())
+    scores, counts = [], []
+    for number, document in enumerate(given.documents):
+        counts.append(_count(f"document {number} with the query", given.query + document, options))
+        share = len(words & set(document.lower().split())) / max(len(words), 1)
+        (byte,) = bits(base, document.encode(), 1)
+        score = 0.05 + 0.85 * share + 0.05 * byte / 255
+        scores.append(math.log(score / (1 - score)) if start.options.raw else score)
+    return tasks.RerankResult(scores, counts)
+
+
 def embeddings(dispatch: bytes, start: Start, options: FakeOptions) -> tasks.EmbedResult:
     base = base_of(dispatch, b"embed") if options.style == "wander" else 0
     numbers, counts = array("f"), []
     for number, text in enumerate(decode_texts(start.prompt)):
-        tokens = len(text.encode())
-        if options.context_tokens and tokens > options.context_tokens:
-            text = f"input {number} has {tokens} tokens, the context has {options.context_tokens}"
-            raise TaskRefused(Code.TOO_LONG, text)
-        counts.append(tokens)
+        counts.append(_count(f"input {number}", text, options))
         vector = [_NUMBERS[byte] for byte in bits(base, text.encode(), options.embedding_size)]
         length = math.hypot(*vector) if start.options.normalized else 1.0
         numbers.extend([value / length for value in vector])

@@ -236,7 +236,7 @@ Fault = Literal["crash", "hang"]
 
 
 #: The last is that of `model_info`.
-TaskResult = tasks.TokenizeResult | tasks.DetokenizeResult | tasks.EmbedResult | dict[str, Any]
+TaskResult = tasks.TokenizeResult | tasks.DetokenizeResult | tasks.EmbedResult | tasks.RerankResult | dict[str, Any]
 
 
 class TaskRefused(Exception):
@@ -266,6 +266,7 @@ def check_size(start: Start, size: int, what: str) -> None:
 
 decode_ids = msgspec.msgpack.Decoder(tasks.Ids).decode
 decode_texts = msgspec.msgpack.Decoder(tasks.Texts).decode
+decode_rerank = msgspec.msgpack.Decoder(tasks.RerankInput).decode
 
 #: The increment of splitmix64.
 GOLDEN = 0x9E3779B97F4A7C15

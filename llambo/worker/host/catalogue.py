@@ -26,6 +26,7 @@ from llambo.worker.config import RAM, WorkerConfig, mesh_name
 from llambo.worker.host.host_events import StoredModel
 from llambo.worker.llama import dry_run
 from llambo.worker.models import gguf, model_files, placement
+from llambo.worker.models.purpose import purpose_of
 from llambo.worker.store import refs
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 MIB = 1024 * 1024
 #: What of the free memory stays free, if no budget is configured: the larger of both.
 MARGIN_BYTES, MARGIN_SHARE = placement.MARGIN_BYTES, placement.MARGIN_SHARE
-#: The pooling of rerankers, by its number in the file.
-RANK = 4
 _FAKE = re.compile(r"(?P<name>[^:]+)(?::(?P<mib>\d+))?(?::(?P<kind>generate|embed|rerank))?(?::(?P<ms>\d+)ms)?")
 
 
@@ -165,27 +164,29 @@ class Catalogue:
         """By the header of the file. Raises TooLarge."""
         options, cores = config.llama, host.physical_cores()
         wanted = model_files.unchecked_layout(options, file, 0, cores)
-        # The context for embeddings is created when the first one is requested, and other parts of the model are not in
-        # the size of the first file.
-        more = model_files.embed_need(options, file, wanted.context)
+        purpose = purpose_of(file)
+        # Of a model that generates, the context for embeddings is created when the first one is requested. Other parts
+        # of the model are not in the size of the first file.
+        more = model_files.embed_need(options, file, wanted.context) if purpose.kind == "generate" else 0
         more += sum(part.stat().st_size for part in model_files.parts(Path(config.model))[1:])
         layout = model_files.layout(options, file, self._room.budget[RAM] - more, cores)
         fixed = replace(options, slots=layout.slots, context=layout.context, fewer_slots=False)
         needs = {RAM: layout.need_bytes + more}
-        return Servable(StoredModel("", kind_of(file), needs), replace(config, llama=fixed))
+        return Servable(StoredModel("", purpose.kind, needs, purpose.problem), replace(config, llama=fixed))
 
     def _measure(self, config: WorkerConfig, file: gguf.ModelFile) -> Servable:
         """By llama.cpp, with all devices as free as they were at the start. Raises DryRunError."""
+        purpose = purpose_of(file)
         answer = dry_run.find_placement(config.model, config.llama, self._room.free)
         if answer.placement is None:
             reason = answer.problem or "the GPU is gone"
-            return Servable(StoredModel("", kind_of(file), refusal=reason), config)
+            return Servable(StoredModel("", purpose.kind, refusal=reason), config)
         chosen, budget = answer.placement, self._room.budget
         needs = {RAM: chosen.host_bytes}
         needs |= {share.name: share.used_bytes for share in chosen.shares if share.name in budget}
         layers = config.llama.gpu_layers if chosen.host_experts else chosen.layers
         fixed = replace(config.llama, slots=chosen.slots, context=answer.context, fewer_slots=False, gpu_layers=layers)
-        return Servable(StoredModel("", kind_of(file), needs), replace(config, llama=fixed))
+        return Servable(StoredModel("", purpose.kind, needs, purpose.problem), replace(config, llama=fixed))
 
 
 def fake_model(text: str, template: WorkerConfig) -> Servable:
@@ -195,9 +196,10 @@ def fake_model(text: str, template: WorkerConfig) -> Servable:
         raise BadName(f"{text!r} is not NAME, NAME:MIB, or NAME:MIB:KIND:MSms")
     size = int(parts["mib"] or 0) * MIB
     kinds: dict[str, Kind] = {"generate": "generate", "embed": "embed", "rerank": "rerank"}
-    fake = replace(template.fake, memory_bytes=size, load_ms=int(parts["ms"] or template.fake.load_ms))
+    kind = kinds[parts["kind"]] if parts["kind"] else template.fake.kind
+    fake = replace(template.fake, memory_bytes=size, load_ms=int(parts["ms"] or template.fake.load_ms), kind=kind)
     config = replace(template, model=parts["name"], fake=fake)
-    stored = StoredModel("", kinds[parts["kind"] or "generate"], {RAM: size})
+    stored = StoredModel("", kind, {RAM: size})
     return _called(Servable(stored, config), mesh_name(parts["name"]))
 
 
@@ -214,11 +216,6 @@ def check_names(
             fake_model(name, template)
         elif not is_folder(name, aliases):
             model_files.resolve(name, aliases)
-
-
-def kind_of(file: gguf.ModelFile) -> Kind:
-    pooling = file.number("pooling_type")
-    return "rerank" if pooling == RANK else "embed" if pooling else "generate"
 
 
 def _called(servable: Servable, name: str) -> Servable:

@@ -1,7 +1,7 @@
 """Which models of a host are loaded: the rules that hold whatever brokers want.
 
-Brokers decide what is loaded where. Each sends what it wants here, and what may be evicted for that (`BrokerWish`). This core
-follows them in turn, as far as these rules allow:
+Brokers decide what is loaded where. Each sends what it wants here, and what may be evicted for that (`BrokerWish`).
+This core follows them in turn, as far as these rules allow:
 
     budget      what is loaded, being loaded or being unloaded fits the budget of each kind of memory, and is at most
                 `LOADED_PER_HOST` models. Memory is free when the engine process is gone, and not before

@@ -16,7 +16,7 @@ from typing import Any
 LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 ProgressCallback = ctypes.CFUNCTYPE(c_bool, c_float, c_void_p)
 _EvalCallback = ctypes.CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
-_AbortCallback = ctypes.CFUNCTYPE(c_bool, c_void_p)
+AbortCallback = ctypes.CFUNCTYPE(c_bool, c_void_p)
 
 
 class TokenData(ctypes.Structure):
@@ -99,7 +99,7 @@ _CONTEXT: tuple[tuple[str, Any], ...] = (
     ("type_v", c_int),
 )
 _CONTEXT_END: tuple[tuple[str, Any], ...] = (
-    ("abort_callback", _AbortCallback),
+    ("abort_callback", AbortCallback),
     ("abort_callback_data", c_void_p),
     *((name, c_bool) for name in ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")),
     ("samplers", c_void_p),
@@ -153,6 +153,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_memory": (_PTR, [_PTR]),
     "llama_get_logits": (POINTER(c_float), [_PTR]),
     "llama_get_embeddings": (POINTER(c_float), [_PTR]),
+    "llama_get_embeddings_seq": (POINTER(c_float), [_PTR, c_int32]),
     "llama_decode": (c_int32, [_PTR, LlamaBatch]),
     "llama_batch_init": (LlamaBatch, [c_int32, c_int32, c_int32]),
     "llama_memory_seq_cp": (None, [_PTR, c_int32, c_int32, c_int32, c_int32]),
@@ -168,11 +169,16 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_has_encoder": (c_bool, [_PTR]),
     "llama_model_n_ctx_train": (c_int32, [_PTR]),
     "llama_model_n_embd_out": (c_int32, [_PTR]),
+    "llama_model_n_cls_out": (c_uint32, [_PTR]),
     "llama_model_n_layer": (c_int32, [_PTR]),
     "llama_model_size": (ctypes.c_uint64, [_PTR]),
     "llama_model_n_params": (ctypes.c_uint64, [_PTR]),
     "llama_vocab_bos": (c_int32, [_PTR]),
     "llama_vocab_eos": (c_int32, [_PTR]),
+    "llama_vocab_sep": (c_int32, [_PTR]),
+    "llama_vocab_get_add_bos": (c_bool, [_PTR]),
+    "llama_vocab_get_add_eos": (c_bool, [_PTR]),
+    "llama_vocab_get_add_sep": (c_bool, [_PTR]),
     "llama_vocab_is_eog": (c_bool, [_PTR, c_int32]),
     "llama_vocab_n_tokens": (c_int32, [_PTR]),
     "llama_tokenize": (c_int32, [_PTR, c_char_p, c_int32, _TOKENS, c_int32, c_bool, c_bool]),

@@ -29,10 +29,13 @@ from llambo.mesh.service import host
 from llambo.worker.config import RAM, LlamaOptions
 from llambo.worker.engine.protocol import Progress
 from llambo.worker.llama import binding, llama
+from llambo.worker.llama.embedder import Embedder
+from llambo.worker.llama.llama import LlamaContext
 from llambo.worker.llama.llama_log import Measured, read_log
 from llambo.worker.models import gguf, gpus, model_files, placement
 from llambo.worker.models.model_files import Layout
 from llambo.worker.models.placement import ComputeDevice, DoesNotFit, Placement, Share, Sizes, Wish, Work
+from llambo.worker.models.purpose import Purpose, purpose_of
 
 log = logging.getLogger("llambo.engine")
 
@@ -164,7 +167,7 @@ def answer(question: Question) -> Answer:
     problem = ""
     while True:
         try:
-            found = _place(question, layout, devices, sizes)
+            found = _place(question, layout, devices, sizes, purpose_of(parts[0]))
         except DoesNotFit as error:
             problem = problem or str(error)
             smaller = layout.context // 2
@@ -183,7 +186,9 @@ def _devices(library: binding.Library) -> list[ComputeDevice]:
     ]
 
 
-def _place(question: Question, layout: Layout, devices: list[ComputeDevice], sizes: Sizes) -> Placement:
+def _place(
+    question: Question, layout: Layout, devices: list[ComputeDevice], sizes: Sizes, purpose: Purpose
+) -> Placement:
     options = question.options
     wish = Wish(
         layers=None if options.gpu_layers == "auto" else options.gpu_layers,
@@ -195,7 +200,7 @@ def _place(question: Question, layout: Layout, devices: list[ComputeDevice], siz
     names, work = [device.name for device in devices], Work()
     plan = Placement((Share(names[0], sizes.all_layers, 0, 0),), sizes.all_layers, options.slots)
     for _ in range(ROUNDS):
-        measured = _measure(question.path, replace(layout, slots=plan.slots), plan, sizes)
+        measured = _measure(question.path, replace(layout, slots=plan.slots), plan, sizes, purpose)
         sizes = sizes.with_cache(plan.slots, measured.cache)
         now = measured.work(names)
         work = Work(max(work.device, now.device), max(work.host, now.host))
@@ -206,16 +211,20 @@ def _place(question: Question, layout: Layout, devices: list[ComputeDevice], siz
     return plan
 
 
-def _measure(path: str, layout: Layout, plan: Placement, sizes: Sizes) -> Measured:
+def _measure(path: str, layout: Layout, plan: Placement, sizes: Sizes, purpose: Purpose) -> Measured:
     lines = llama.start_library().everything = []
     model = llama.Model(path, plan, dry=True)
-    decoder = llama.Decoder(model, layout)
+    context: LlamaContext
+    if purpose.kind == "generate":
+        context = llama.Decoder(model, layout)
+    else:
+        context = Embedder(model, layout, layout.context, purpose)
     size = int(llama.lib.llama_model_size(model.handle))
-    llama.lib.llama_free(decoder.handle)
+    llama.lib.llama_free(context.handle)
     llama.lib.llama_model_free(model.handle)
     if abs(size - sizes.weights) > TOLERANCE * size:
         raise DryRunError(f"by its header the model has {sizes.weights} bytes of weights, by llama.cpp {size}")
-    return read_log(lines, len(sizes.layers))
+    return read_log(lines, len(sizes.layers), cached=not purpose.is_encoder)
 
 
 def main() -> None:

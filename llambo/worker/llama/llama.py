@@ -2,7 +2,6 @@
 
     Model       weights and vocabulary: tokens of a text, text of a token, metadata
     Decoder     a context with a separate cache for each slot; one call decodes one step of all of them
-    Embedder    a context with one small cache, which returns the output of the last layer for each token
     Candidates  the native part of sampling, for one request
     Gbnf        a grammar, for one request
 
@@ -49,8 +48,6 @@ NEAR = np.float32(12)
 LIKELIEST = (64, 1024)
 #: The longest text of one token.
 PIECE_BYTES = 4096
-#: Texts at a time, and tokens in a step, of a context for embeddings.
-EMBED_SEQUENCES, EMBED_ROWS = 16, 64
 #: From llama.h: neither mapped nor locked.
 LOAD_PLAIN = 0
 
@@ -160,12 +157,15 @@ class Model:
         number, unit = (self.parameters / 1e9, "B") if self.parameters >= 1e9 else (self.parameters / 1e6, "M")
         return f"{architecture} {number:.3g}{unit} {quantisation}".rstrip()
 
-    def tokenize(self, text: bytes, *, special: bool) -> list[int]:
-        """`special`: names of control tokens in the text become those tokens, which a chat template needs."""
+    def tokenize(self, text: bytes, *, special: bool, framed: bool = True) -> list[int]:
+        """`special`: names of control tokens in the text become those tokens, which a chat template needs.
+
+        `framed`: with the tokens that the vocabulary wants around a text.
+        """
         count = -(len(text) + 8)
         while count < 0:  # more than there was room for
             buffer = (ctypes.c_int32 * -count)()
-            count = lib.llama_tokenize(self.vocab, text, len(text), buffer, -count, True, special)
+            count = lib.llama_tokenize(self.vocab, text, len(text), buffer, -count, framed, special)
         return list(buffer[:count])
 
     def piece(self, token: int) -> bytes:
@@ -207,7 +207,7 @@ class Model:
         return self._buffer.raw[:size] if size > 0 else b""
 
 
-class _Context:
+class LlamaContext:
     """Sequences of tokens with their cells, and one batch for all steps. `params` are those of llama.cpp."""
 
     def __init__(self, model: Model, layout: Layout, what: str, batch: int, **params: Any) -> None:
@@ -271,13 +271,13 @@ class _Context:
 
     def cut(self, slot: int, cells: int) -> bool:
         """Keep only the first cells of a slot. False: this kind of cache cannot be cut, and the slot is empty now."""
-        if lib.llama_memory_seq_rm(self._memory, slot, cells, -1):
-            return True
+        if not self._memory or lib.llama_memory_seq_rm(self._memory, slot, cells, -1):
+            return True  # (an encoder has no cache)
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
         return False
 
 
-class Decoder(_Context):
+class Decoder(LlamaContext):
     """The context of answers: each slot has cells of its own."""
 
     def __init__(self, model: Model, layout: Layout) -> None:
@@ -309,27 +309,6 @@ class Decoder(_Context):
 
     def cells(self, slot: int) -> int:
         return int(lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
-
-
-class Embedder(_Context):
-    """All texts share `context` cells. Pooling is done by the caller, so that a long text can take several steps."""
-
-    sequences = EMBED_SEQUENCES
-
-    def __init__(self, model: Model, layout: Layout, context: int) -> None:
-        # pooling_type 0: no pooling, but a row for each token.
-        super().__init__(
-            model, layout, f"{context} tokens for embeddings", EMBED_ROWS,
-            n_ctx=context, n_seq_max=EMBED_SEQUENCES, kv_unified=True, embeddings=True, pooling_type=0,
-        )  # fmt: skip
-        self._size = model.embedding_size
-        self.context = context
-
-    def embed(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> NDArray[np.float32]:
-        """One step. Returns a row for each token, in the same order, valid until the next step."""
-        self._step(tokens, positions, sequences, slice(len(tokens)))
-        rows = lib.llama_get_embeddings(self.handle)
-        return np.ctypeslib.as_array(rows, shape=(len(tokens), self._size))
 
 
 class Gbnf:

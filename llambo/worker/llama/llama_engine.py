@@ -6,17 +6,12 @@ plan of the batching core and gives each request its next token. The prompt of a
 it has already: they are prefilled like any other, and accepted by its sampler and its gate.
 
 Cancels and deadlines take effect between steps, and the core keeps steps short.
-
-`load` leads from a model's name to an engine that is loaded and tested: what the engine child does before `Ready`.
 """
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +22,13 @@ from llambo.mesh.service import host
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.conversation import Chat
 from llambo.mesh.wire.errors import Code, ErrorInfo
-from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
+from llambo.mesh.wire.messages import ModelInfo, Reason, Task, Usage
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Fault, Output, Progress, Ready, Refused, Start
-from llambo.worker.llama import binding, dry_run, llama, sampling
+from llambo.worker.engine.protocol import Fault, Output, Progress, Ready, Refused, Start
+from llambo.worker.llama import llama
 from llambo.worker.llama.batching import Batcher, Plan
+from llambo.worker.llama.embedder import Embedder
 from llambo.worker.llama.grammar import AnswerGrammar, GrammarError, grammar_of
 from llambo.worker.llama.guide import Guides
 from llambo.worker.llama.llama_tasks import NoRoom, Tasks
@@ -48,22 +44,13 @@ from llambo.worker.llama.sampling import (
     with_defaults,
 )
 from llambo.worker.llama.text_gate import TextGate
-from llambo.worker.models import gguf, model_files
+from llambo.worker.models import model_files
 from llambo.worker.models.placement import CPU, Placement
-
-log = logging.getLogger("llambo.engine")
+from llambo.worker.models.purpose import Purpose
 
 #: The prompt of the self-test has more than one token, because only then forbidden instructions are used.
 SELF_TEST = b"The quick brown fox jumps over the lazy dog. " * 4
 SELF_TEST_TOKENS = 8
-#: What a user can mend: its text says how.
-UNUSABLE = (
-    binding.LibraryError, model_files.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError
-)  # fmt: skip
-#: Characters of the progress bar.
-WIDTH = 30
-#: By the number in the file of an embedding model. Other numbers are treated as `mean`.
-POOLINGS = {1: "mean", 3: "last"}
 
 
 @dataclass(slots=True)
@@ -110,7 +97,46 @@ class Setup:
     defaults: Defaults = field(default_factory=dict)
     #: Memory for embeddings, checked when the first one is requested. 0: not checked.
     embed_bytes: int = 0
-    pooling: str = "mean"
+    purpose: Purpose = field(default_factory=Purpose)
+
+    def load(self, send: Callable[[Progress], None]) -> llama.Model:
+        """Reports each percent."""
+        percent = -1
+
+        def on_progress(share: float) -> None:
+            nonlocal percent
+            if int(share * 100) > percent:
+                percent = int(share * 100)
+                send(Progress(f"loading {self.name}: {percent} %", percent=percent))
+
+        return llama.Model(self.path, self.placement, safe=self.safe, on_progress=on_progress)
+
+    def ready(self, model: llama.Model, context: int) -> Ready:
+        note = f"{model.describe()}, {self.layout.slots} x {context} tokens"
+        note += f", {self.device_note}" if self.device_note else ""
+        note += ", safe settings" if self.safe else ""
+        info = ModelInfo(self.name, self.fingerprint, context, self.purpose.kind)
+        return Ready([info], self.layout.slots, note, str(llama.open_library()))
+
+    def facts(self, model: llama.Model, context: int) -> dict[str, Any]:
+        """What `model_info` says of any model."""
+        return {
+            "model": self.name,
+            "kind": self.purpose.kind,
+            "description": model.describe(),
+            "fingerprint": self.fingerprint,
+            "architecture": model.metadata("general.architecture"),
+            "parameters": model.parameters,
+            "layers": model.layers,
+            "devices": str(self.placement),
+            **({"placement": self.placement.why} if self.placement.why else {}),
+            "vocabulary": model.tokens,
+            "embedding_size": model.embedding_size,
+            "trained_context": model.trained_context,
+            "context_tokens": context,
+            "slots": self.layout.slots,
+            "safe": self.safe,
+        }
 
 
 class LlamaEngine:
@@ -119,17 +145,9 @@ class LlamaEngine:
     fault: Fault | None = None
 
     def __init__(self, setup: Setup, send: Callable[[Progress], None] = lambda progress: None) -> None:
-        name, layout = setup.name, setup.layout
-        percent = -1
-
-        def on_progress(share: float) -> None:
-            nonlocal percent
-            if int(share * 100) > percent:
-                percent = int(share * 100)
-                send(Progress(f"loading {name}: {percent} %", percent=percent))
-
+        layout = setup.layout
         self._setup = setup
-        self._model = llama.Model(setup.path, setup.placement, safe=setup.safe, on_progress=on_progress)
+        self._model = setup.load(send)
         self._decoder = llama.Decoder(self._model, layout)
         self.batcher = Batcher(layout.slots, self._decoder.context, layout.batch)
         self._shared = llama.shared_candidates(self._model)
@@ -144,19 +162,16 @@ class LlamaEngine:
             context=self._decoder.context,
             make_embedder=self._make_embedder,
             info=self._info,
-            pooling=setup.pooling,
         )
-        send(Progress(f"testing {name}"))
+        send(Progress(f"testing {setup.name}"))
         self._test()
 
     def ready(self) -> Ready:
-        note = f"{self._model.describe()}, {self._setup.layout.slots} x {self._decoder.context} tokens"
-        note += f", {self._setup.device_note}" if self._setup.device_note else ""
-        note += ", safe settings" if self._setup.safe else ""
-        info = ModelInfo(self._setup.name, self._setup.fingerprint, self._decoder.context)
-        return Ready([info], self._setup.layout.slots, note, str(llama.open_library()))
+        return self._setup.ready(self._model, self._decoder.context)
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
+        if start.task == "rerank":
+            return Refused(start.key, not_for(self._setup, start.task), final=True)
         if start.task != "generate":
             return self._tasks.start(start, now_ms)
         started = time.perf_counter()
@@ -229,7 +244,7 @@ class LlamaEngine:
 
     # Tasks.
 
-    def _make_embedder(self) -> llama.Embedder:
+    def _make_embedder(self) -> Embedder:
         free_bytes = host.free_memory_bytes()
         if self._setup.embed_bytes > free_bytes:
             need, free = self._setup.embed_bytes // model_files.MIB, free_bytes // model_files.MIB
@@ -237,28 +252,15 @@ class LlamaEngine:
                 f"embeddings need {need} MiB beside the model, {free} MiB are free; a smaller --ctx needs less"
             )
         try:
-            return llama.Embedder(self._model, self._setup.layout, self._decoder.context)
+            return Embedder(self._model, self._setup.layout, self._decoder.context, self._setup.purpose)
         except llama.LoadError as error:
             raise NoRoom(str(error)) from error
 
     def _info(self) -> dict[str, Any]:
         model = self._model
         return {
-            "model": self._setup.name,
-            "description": model.describe(),
-            "fingerprint": self._setup.fingerprint,
-            "architecture": model.metadata("general.architecture"),
-            "parameters": model.parameters,
-            "layers": model.layers,
-            "devices": str(self._setup.placement),
-            **({"placement": self._setup.placement.why} if self._setup.placement.why else {}),
-            "vocabulary": model.tokens,
-            "embedding_size": model.embedding_size,
-            "trained_context": model.trained_context,
-            "context_tokens": self._decoder.context,
-            "slots": self._setup.layout.slots,
+            **self._setup.facts(model, self._decoder.context),
             "kv_type": self._setup.layout.kv_type,
-            "safe": self._setup.safe,
             "bos": model.bos,
             "eos": model.eos,
             "sampling": numeric_options(self._setup.defaults),
@@ -394,80 +396,7 @@ def _refused(start: Start, code: Code, text: str) -> Refused:
     return Refused(start.key, ErrorInfo(code, text), final=True)
 
 
-def load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
-    """If the model cannot be loaded, the reason is sent and the process exits."""
-    try:
-        return _load(configure, send)
-    except (
-        binding.LibraryError,
-        model_files.NoSuchModel,
-        gguf.BadModelFile,
-        llama.LoadError,
-        BadPrompt,
-        OSError,
-    ) as error:
-        too_large = isinstance(error, (llama.NoMemory, model_files.TooLarge))
-        send(Progress(problem=str(error)[:1000], out_of_memory=too_large))
-        sys.exit(CANNOT_LOAD)
-
-
-class ProgressBar:
-    """Sends progress to the agent, and draws it if stderr is a terminal."""
-
-    def __init__(self, send: Callable[[Progress], None], *, drawn: bool = True) -> None:
-        self._send = send
-        self._may_draw = drawn and sys.stderr.isatty()
-        self._drawn = False
-
-    def __call__(self, progress: Progress, percent: int = -1) -> None:
-        """`percent`: how much is done of something that is not the loading of the model."""
-        self._send(progress)
-        if self._may_draw:
-            percent = max(percent, progress.percent)
-            if percent >= 0:
-                done = percent * WIDTH // 100
-                sys.stderr.write(f"\r[{'#' * done}{'.' * (WIDTH - done)}] {progress.note}")
-            elif self._drawn:
-                sys.stderr.write("\n")
-            self._drawn = percent >= 0
-            sys.stderr.flush()
-
-
-def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
-    options, path = configure.llama, str(model_files.find(configure.model))
-    library = llama.open_library(options.library)
-    log.info("library: %s", library)
-    send(Progress(f"looking at {path}"))
-    file = gguf.read(path)
-    bar = ProgressBar(send, drawn=not configure.hosted)
-    # What is free on a GPU is true until the next worker of this machine allocates its model.
-    shares_gpu = options.gpu_layers != 0 and library.supports_gpu
-    with dry_run.taking_turns(bar) if shares_gpu else nullcontext():
-        layout, placement, warning = dry_run.prepare(path, file, options, library)
-        if warning and configure.first:
-            log.warning("%s", warning)
-        fingerprint = model_files.fingerprint(
-            file,
-            layout.context,
-            options.kv_type,
-            lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"), percent),
-        )
-        log.info("%s: %s%s; %s", path, placement, f" ({placement.why})" if placement.why else "", layout)
-        defaults, unusable = sampling.recommended(file.meta)
-        if defaults:
-            log.info("%s", sampling.describe(defaults))
-        for text in unusable:
-            log.info("ignored in the model file: %s", text)
-        setup = Setup(
-            name=configure.model_name,
-            path=path,
-            layout=layout,
-            placement=placement,
-            device_note="a GPU stays unused" if warning else str(placement) if shares_gpu else "",
-            safe=configure.safe,
-            fingerprint=fingerprint,
-            defaults=defaults,
-            embed_bytes=0 if placement.layers else model_files.embed_need(options, file, layout.context),
-            pooling=POOLINGS.get(file.number("pooling_type"), "mean"),
-        )
-        return LlamaEngine(setup, bar)
+def not_for(setup: Setup, task: Task) -> ErrorInfo:
+    """A broker of this version does not ask for it; an older one knows no kinds of models."""
+    text = f"{setup.name} is a model of the kind {setup.purpose.kind!r}, which does not do {task!r}"
+    return ErrorInfo(Code.BAD_REQUEST, text, hint="`llambo models` lists the models and their kinds")

@@ -59,8 +59,8 @@ class Measured:
         return Work(max(on_devices, default=0), sum(self.buffers.values()) - sum(on_devices))
 
 
-def read_log(lines: Iterable[str], blocks: int) -> Measured:
-    """`blocks`: of the model, for a cache that does not list its layers. Raises UnknownLog."""
+def read_log(lines: Iterable[str], blocks: int, *, cached: bool = True) -> Measured:
+    """`blocks`: of the model, for a cache that does not list its layers; `cached`: it has one. Raises UnknownLog."""
     measured = Measured()
     layers: list[int] = []
     for line in lines:
@@ -74,7 +74,7 @@ def read_log(lines: Iterable[str], blocks: int) -> Measured:
             for layer in layers:
                 measured.cache[layer] = measured.cache.get(layer, 0) + _bytes(found[1]) // len(layers)
             layers = []
-    if not measured.buffers or not measured.cache:
+    if not measured.buffers or (cached and not measured.cache):
         what = "cache" if measured.buffers else "buffers"
         raise UnknownLog(f"the log of this llama.cpp does not show the size of its {what}")
     return measured

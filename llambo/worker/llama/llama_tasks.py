@@ -1,11 +1,13 @@
-"""Tasks on a real model: tokens and model information at once, embeddings in steps between those of the answers.
+"""Tasks on a real model: tokens and model information at once, vectors and scores in steps.
 
 A task ends like an answer, with an output that says `stop`. The pieces of that output are its whole result.
 
 `EmbedQueue` decides which texts go into the next step, and knows no model. Embeddings have a context of their own,
-separate from that of the answers and its cached prefixes. Texts wait in order. As many as fit share a step, each as a
-sequence of its own, and a long text is split across steps. So a step stays short, and running answers wait for one at
-most.
+separate from that of the answers and its cached prefixes. Tasks take turns, text by text. As many texts as fit share a
+step, each as a sequence of its own, and a long text is split across steps if the model allows it (`embedder`). So a
+step stays short, and running answers wait for one at most.
+
+A reranker reads each document in one text with the query. Its score is the vector of that text.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from llambo.worker.engine.protocol import (
     TaskResult,
     check_size,
     decode_ids,
+    decode_rerank,
     decode_texts,
     result_pieces,
     unreadable,
@@ -38,17 +41,19 @@ from llambo.worker.engine.protocol import (
 from llambo.worker.llama.prompt import BadPrompt, Template, chat_of, prompt_text
 
 if TYPE_CHECKING:  # the queue of embeddings needs no llama.cpp
-    from llambo.worker.llama.llama import Embedder, Model
+    from llambo.worker.llama.embedder import Embedder
+    from llambo.worker.llama.llama import Model
+    from llambo.worker.llama.reranking import PairPrompt
 
 Rows = NDArray[np.float32]
-#: Rows of a step while answers are running, and while none are. A step has to be short in both cases.
-ROWS_BESIDE, ROWS_ALONE = 16, 64
+#: Rows of a step while answers are running. It has to be short.
+ROWS_BESIDE = 16
 #: While answers are running, a step of embeddings takes about this share of one of their steps.
 SHARE = 0.5
 #: Weight of the newest measurement.
 NEWEST = 0.25
 #: Upper bounds for the map of a result, and for the token count of each text.
-OVERHEAD_BYTES, PER_TEXT_BYTES = 256, 8
+OVERHEAD_BYTES, PER_TEXT_BYTES, PER_SCORE_BYTES = 256, 8, 16
 
 
 @dataclass(slots=True)
@@ -95,11 +100,15 @@ class EmbedPlan:
 
 
 class EmbedQueue:
-    """`cells`: the most tokens of all open texts together, and of one text."""
+    """`cells`: the most tokens of all open texts together, and of one text.
 
-    def __init__(self, cells: int, sequences: int) -> None:
+    `whole`: a text is not split across steps. `pooled`: a step gives a row for each of its texts, not for each token.
+    """
+
+    def __init__(self, cells: int, sequences: int, *, whole: bool = False, pooled: bool = False) -> None:
         self.jobs: dict[bytes, Job] = {}
         self.cells = cells
+        self._whole, self._pooled = whole, pooled
         self._free = list(range(sequences))
         self._open: list[OpenText] = []
 
@@ -118,29 +127,33 @@ class EmbedQueue:
         return [text.sequence for text in dropped]
 
     def plan(self, rows: int) -> EmbedPlan | None:
-        """The next step with at most `rows` rows; None if no text waits."""
+        """The next step with at most `rows` rows, or one text that has more and is not split. None: no text waits."""
         plan = EmbedPlan()
         for text in self._open:
             self._share(plan, text, rows)
-        for job in self.jobs.values():
-            while job.begun < len(job.texts) and len(plan.tokens) < rows and self._fits(len(job.texts[job.begun])):
-                text = OpenText(job, job.begun, self._free.pop())
-                job.begun += 1
-                self._open.append(text)
-                self._share(plan, text, rows)
-            if job.begun < len(job.texts):
-                break  # first come, first served
+        while (job := self._next_job()) is not None and self._fits(plan, len(job.texts[job.begun]), rows):
+            text = OpenText(job, job.begun, self._free.pop())
+            job.begun += 1
+            self._open.append(text)
+            self._share(plan, text, rows)
+            # It is at the end of the line now: a job of two texts does not wait for one of a thousand.
+            self.jobs[job.key] = self.jobs.pop(job.key)
         return plan if plan.tokens else None
+
+    def _next_job(self) -> Job | None:
+        """The one whose turn it is. If its text does not fit, it is first in the next step, so none waits for ever."""
+        return next((job for job in self.jobs.values() if job.begun < len(job.texts)), None)
 
     def done(self, plan: EmbedPlan, rows: Rows) -> tuple[list[Job], list[int]]:
         """Takes the rows of a step. Returns the complete jobs, and the sequences whose cells have to be freed."""
         at, closed = 0, []
         for text, count in plan.shares:
-            mine = rows[at : at + count]
-            at += count
+            height = 1 if self._pooled else count
+            mine = rows[at : at + height]
+            at += height
             text.at += count
             whole = text.at == len(text.tokens)
-            if text.job.pooling == "mean":
+            if text.job.pooling == "mean" and not self._pooled:
                 # In double precision, so that the division into steps does not change the result.
                 summed = mine.sum(axis=0, dtype=np.float64)
                 text.total = summed if text.total is None else text.total + summed
@@ -157,11 +170,16 @@ class EmbedQueue:
             del self.jobs[job.key]
         return complete, [text.sequence for text in closed]
 
-    def _fits(self, tokens: int) -> bool:
-        return bool(self._free) and sum(len(text.tokens) for text in self._open) + tokens <= self.cells
+    def _fits(self, plan: EmbedPlan, tokens: int, rows: int) -> bool:
+        planned = len(plan.tokens)
+        room = planned < rows if not self._whole else not planned or planned + tokens <= rows
+        return (
+            room and bool(self._free) and sum(len(text.tokens) for text in self._open) + tokens <= self.cells
+        )  # fmt: skip
 
     def _share(self, plan: EmbedPlan, text: OpenText, rows: int) -> None:
-        count = min(len(text.tokens) - text.at, rows - len(plan.tokens))
+        left = len(text.tokens) - text.at
+        count = left if self._whole else min(left, rows - len(plan.tokens))
         if count > 0:
             plan.tokens += text.tokens[text.at : text.at + count]
             plan.positions += range(text.at, text.at + count)
@@ -184,7 +202,7 @@ class NoRoom(Exception):
 
 
 class Tasks:
-    """`make_embedder` is called for the first embedding: most engines never need one."""
+    """`make_embedder` is called for the first embedding: most engines never need one. `pair`: of a reranker."""
 
     def __init__(
         self,
@@ -194,14 +212,14 @@ class Tasks:
         context: int,
         make_embedder: Callable[[], Embedder],
         info: Callable[[], dict[str, Any]],
-        pooling: str = "mean",
+        pair: PairPrompt | None = None,
     ) -> None:
         self._model = model
         self._template = template
         self._context = context
         self._make_embedder = make_embedder
         self._info = info
-        self._pooling = pooling
+        self._pair = pair
         self._embedder: Embedder | None = None
         self._queue: EmbedQueue | None = None
         self._starts: dict[bytes, tuple[Start, float]] = {}
@@ -210,14 +228,20 @@ class Tasks:
         self._row_ms = 0.0
 
     @property
+    def count(self) -> int:
+        return len(self._ready) + len(self._starts)
+
+    @property
     def pending(self) -> bool:
-        return bool(self._ready or self._starts)
+        return self.count > 0
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
         began = time.perf_counter()
         try:
             if start.task == "embed":
-                self._begin(start, now_ms, began)
+                self._begin_embed(start, now_ms, began)
+            elif start.task == "rerank":
+                self._begin_rerank(start, now_ms, began)
             else:
                 self._ready[start.key] = _whole(start, self._at_once(start), began)
         except TaskRefused as refusal:
@@ -264,37 +288,64 @@ class Tasks:
             raise TaskRefused(Code.BAD_REQUEST, f"there is no token {id}: the model has {self._model.tokens}")
         return id
 
-    def _begin(self, start: Start, now_ms: int, began: float) -> None:
-        texts = [self._model.tokenize(text.encode(), special=False) for text in decode_texts(start.prompt)]
-        for number, text in enumerate(texts):
-            if not text:
-                raise TaskRefused(Code.BAD_REQUEST, f"text {number} is empty")
-            if len(text) > self._context:
-                problem = f"text {number} has {len(text)} tokens; the context has {self._context}"
-                raise TaskRefused(Code.TOO_LONG, problem)
+    def _begin_embed(self, start: Start, now_ms: int, began: float) -> None:
+        given = [text.encode() for text in decode_texts(start.prompt)]
+        texts = [self._tokens(number, text) for number, text in enumerate(given)]
         size = OVERHEAD_BYTES + len(texts) * (4 * self._model.embedding_size + PER_TEXT_BYTES)
         check_size(start, size, f"{len(texts)} embeddings of {self._model.embedding_size} numbers")
+        self._begin(start, texts, now_ms, began)
+
+    def _tokens(self, number: int, text: bytes) -> list[int]:
+        tokens = self._model.tokenize(text, special=False) if text else []
+        if not tokens:
+            raise TaskRefused(Code.BAD_REQUEST, f"text {number} is empty")
+        if len(tokens) > self._context:
+            problem = f"text {number} has {len(tokens)} tokens; the context has {self._context}"
+            raise TaskRefused(Code.TOO_LONG, problem)
+        return tokens
+
+    def _begin_rerank(self, start: Start, now_ms: int, began: float) -> None:
+        assert self._pair is not None, "refused by the engine"
+        given = decode_rerank(start.prompt)
+        texts = [self._pair.tokens(given.query, document) for document in given.documents]
+        for number, text in enumerate(texts):
+            if len(text) > self._context:
+                problem = f"document {number} has {len(text)} tokens with the query; the context has {self._context}"
+                raise TaskRefused(Code.TOO_LONG, problem)
+        check_size(start, OVERHEAD_BYTES + len(texts) * PER_SCORE_BYTES, f"{len(texts)} scores")
+        self._begin(start, texts, now_ms, began)
+
+    def _begin(self, start: Start, texts: list[list[int]], now_ms: int, began: float) -> None:
+        queue, embedder = self._ready_queue()
+        pooling = start.options.pooling or embedder.pooling
+        if embedder.pooled and pooling != embedder.pooling:
+            text = f"this model pools by {embedder.pooling!r}, as its file says, and not by {pooling!r}"
+            raise TaskRefused(Code.BAD_REQUEST, text)
         deadline_ms = now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS
-        job = Job(start.key, texts, start.options.pooling or self._pooling, deadline_ms)
-        self._ready_queue().add(job)
+        queue.add(Job(start.key, texts, pooling, deadline_ms))
         self._starts[start.key] = (start, began)
 
-    def _ready_queue(self) -> EmbedQueue:
-        if self._queue is None:
+    def _ready_queue(self) -> tuple[EmbedQueue, Embedder]:
+        if self._queue is None or self._embedder is None:
             try:
                 self._embedder = self._make_embedder()
             except NoRoom as error:
                 # Refused for good: another worker may have room, but each one that is tried refuses work for a while.
                 raise TaskRefused(Code.BUSY, str(error)) from error
-            self._queue = EmbedQueue(self._embedder.context, self._embedder.sequences)
-        return self._queue
+            embedder = self._embedder
+            self._queue = EmbedQueue(
+                embedder.context, embedder.sequences, whole=embedder.whole, pooled=embedder.pooled
+            )  # fmt: skip
+        return self._queue, self._embedder
 
     def _rows(self, beside_ms: float) -> int:
+        assert self._embedder is not None
+        most = self._embedder.rows
         if not beside_ms:
-            return ROWS_ALONE
+            return most
         if not self._row_ms:
             return ROWS_BESIDE
-        return max(ROWS_BESIDE // 2, min(ROWS_ALONE, int(SHARE * beside_ms / self._row_ms)))
+        return max(ROWS_BESIDE // 2, min(most, int(SHARE * beside_ms / self._row_ms)))
 
     def _embed(self, rows: int) -> list[Output]:
         queue, embedder = self._queue, self._embedder
@@ -314,10 +365,21 @@ class Tasks:
     def _finish(self, job: Job) -> Output:
         start, began = self._starts.pop(job.key)
         wanted = start.options.normalized
-        vectors = [normalized(vector) if wanted else vector for vector in job.vectors if vector is not None]
-        data = np.concatenate(vectors).astype("<f4").tobytes()
         counts = [len(text) for text in job.texts]
-        found = tasks.EmbedResult(self._model.embedding_size, job.pooling, wanted, counts, data)
+        every = np.stack([vector for vector in job.vectors if vector is not None])
+        if not np.isfinite(every).all():
+            error = ErrorInfo(
+                Code.ENGINE_FAILED, f"the model made no numbers for {start.task}; its file may be damaged"
+            )
+            return Output(job.key, [], [], "error", _usage(sum(counts), began), error)
+        found: TaskResult
+        if start.task == "rerank":
+            assert self._pair is not None
+            found = tasks.RerankResult(self._pair.scores(every[:, 0], raw=start.options.raw), counts)
+        else:
+            vectors = [normalized(vector) if wanted else vector for vector in every]
+            data = np.concatenate(vectors).astype("<f4").tobytes()
+            found = tasks.EmbedResult(self._model.embedding_size, job.pooling, wanted, counts, data)
         return _whole(start, found, began, sum(counts))
 
     def _drop(self, key: bytes) -> None:

