@@ -291,7 +291,7 @@ class Loading:
         return all(size <= self._share(name) for name, size in used.items())
 
     def _unload_idle(self, now_ms: int) -> None:
-        """What nobody has used for its ttl, and what an operator wants to be gone."""
+        """Those that were idle for their ttl, and those that an operator wants to be unloaded."""
         ttl_ms = self.config.model_ttl_ms
         for model in self.models.values():
             if not model.idle:
