@@ -285,11 +285,11 @@ def test_terms_that_are_not_accepted(hub: Hub, given: str, monkeypatch: pytest.M
     monkeypatch.setenv("HF_TOKEN", given)
     hub.token = "hf_right"
     error = refusal()
-    assert error.status == 401
-    assert ("the token is not accepted" in str(error)) == bool(given) and "HF_TOKEN" in error.hint + str(
-        given and "HF_TOKEN"
-    )
+    assert error.status == 401 and hub.url in error.hint
+    assert ("the token is not accepted" in str(error)) == bool(given) and ("HF_TOKEN" in error.hint) == (not given)
     assert not given or given not in f"{error} {error.hint}"
+    hub.refusals = [(403, {})]
+    assert refusal().status == 403
 
 
 @pytest.mark.parametrize("place", ["HF_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "home"])
@@ -323,6 +323,39 @@ def test_a_server_that_stays_busy(hub: Hub) -> None:
     assert len(hub.requests) == web.TRIES
     hub.refusals = [(429, {"Retry-After": "3600"})]
     assert "it asks to wait 3600 s; 1 tries" in str(refusal())
+
+
+def test_a_server_that_sends_no_more(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "TIMEOUT_S", 0.1)
+    release = threading.Event()
+    hub.cut, hub.on_cut = lambda: 7, lambda: release.wait(TIMEOUT_S)
+    try:
+        assert "timed out; 6 tries" in str(refusal())
+    finally:
+        release.set()
+
+
+def test_a_server_that_sends_too_slowly(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "SLOW_S", 0.0)
+    assert "less than 1 KiB a second; 6 tries" in str(refusal())
+
+
+def test_headers_without_end(hub: Hub) -> None:
+    hub.refusals = [(200, {f"X-{number}": "x" * 60_000 for number in range(200)})] * 10
+    assert "more than 100 headers" in str(refusal())
+    hub.refusals = [(200, {"X": "x" * 100_000})] * 10
+    assert "got more than 65536 bytes" in str(refusal())
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bring()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("it writes")
+
+    for name in ("mkdir", "symlink_to", "replace", "write_bytes", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert bring() == path
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llambo.cli.kit.failure import Exit
 from llambo.mesh.settings import settings
@@ -85,6 +88,28 @@ def test_a_path_of_a_server_stays_below_its_folder() -> None:
         "a/" * 600 + "b",
     ):
         assert not refs.is_safe_path(path), path
+
+
+@given(
+    st.sampled_from(["hf:", "ollama:", "https://", "http://127.0.0.1/", "hf:o/", "ollama:o/r:", "https://hf.co/o/r/"]),
+    st.text(st.sampled_from("ab./\\:@#%2e\x1bé-_ ") | st.characters(), max_size=30),
+    st.sampled_from(["", ".gguf", "/x.gguf", ":Q4"]),
+)
+def test_whatever_the_name_is_its_files_are_in_a_cache(scheme: str, middle: str, end: str) -> None:
+    try:
+        ref = refs.parse(scheme + middle + end)
+    except StoreError:
+        return
+    match ref:
+        case HubRef(repo, _, file):
+            path, top = caches.repo_folder(repo) / "snapshots" / "c" / (file or "x"), caches.hub_folder()
+        case OllamaRef():
+            path, top = caches.manifest_path(ref, caches.ollama_folder()), caches.ollama_folder()
+        case UrlRef():
+            path, top = caches.url_file(ref), caches.own_folder()
+        case None:
+            raise AssertionError(scheme)
+    assert Path(os.path.normpath(path)) == path and path.is_relative_to(top) and len(path.parts) > len(top.parts) + 1
 
 
 QWEN = [

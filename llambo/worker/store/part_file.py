@@ -61,10 +61,15 @@ class Blob:
     def is_here(self) -> bool:
         return os.path.isfile(self.path) and self.path.stat().st_size == self.size
 
+    @property
+    def missing(self) -> int:
+        """Bytes that are to be downloaded, if what is there is right."""
+        return 0 if self.is_here() else max(0, self.size - _size(self.part))
+
 
 def check_room(blobs: list[Blob], folder: Path) -> None:
     """Raises StoreError if the disk cannot hold what is missing."""
-    missing = sum(each.size - _size(each.part) for each in blobs if not each.is_here())
+    missing = sum(each.missing for each in blobs)
     place = next(each for each in (folder, *folder.parents) if each.is_dir())
     free = shutil.disk_usage(place).free
     if missing and missing + SPARE_BYTES > free:
@@ -79,6 +84,9 @@ _ELSEWHERE = "HF_HUB_CACHE, OLLAMA_MODELS or XDG_CACHE_HOME name another folder 
 
 def fetch(blob: Blob, web: Web, watcher: Watcher) -> None:
     """Download it, unless it is here. Another process that does so is waited for; if it ends, this one goes on."""
+    if blob.is_here():  # the folder may be one that cannot be written
+        watcher.moved(blob.size)
+        return
     try:
         with locked(blob.lock, lambda: watcher.note(f"another process downloads {blob.name}; waiting for it")):
             if blob.is_here():

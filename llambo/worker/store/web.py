@@ -62,6 +62,7 @@ class Web:
         self.page = page
         self._token = token
         self._origin = _origin(token_for) if token and _is_private(token_for) else None
+        self._refused = "the token is not accepted" if self._origin else "a token is sent over https only"
         self._opener = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.ProxyHandler(),
@@ -106,7 +107,7 @@ class Web:
             what = " (too many requests)" if status == 429 else ""
             return BrokenTransfer(f"{_host(url)} answers {status}{what}", wait_s)
         if status in (401, 403) and self._token:
-            return StoreError(f"{text}: the token is not accepted", f"see whether it may read {self.page}", status)
+            return StoreError(f"{text}: {self._refused}", f"see whether it may read {self.page}", status)
         if status in (401, 403):
             why = "there is no such model, or it is private, or its terms have to be accepted"
             return StoreError(f"{text}: {why}", f"see {self.page}; then set HF_TOKEN, or `hf auth login`", status)
