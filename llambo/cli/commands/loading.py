@@ -53,8 +53,8 @@ def load(common: Common, name: str, host: str, pin: bool, ttl: int, no_wait: boo
     """Load model NAME at a host, wait until it is ready, and keep it there until `llambo unload`, or for --ttl.
 
     Requests for a model load it as well. This is for a model that is to be ready before the first of them, or to stay
-    between them: it is not unloaded for another one while somebody holds it. With keys, who is no admin holds a model
-    for an hour at most, and loads only what the key may use.
+    between them: it is not unloaded for another one while it is held. With keys, a client that is no admin holds a model
+    for an hour at most, and only one that its key may use.
 
     If it cannot be loaded the reason is shown, and it is not tried again for this command. A Ctrl-C ends the waiting
     only.
@@ -148,10 +148,10 @@ def _failure(row: ModelRow, held: HoldReply) -> LlamboError:
 @json_option
 @client_options
 def unload(common: Common, name: str, host: str, no_wait: bool, as_json: bool) -> None:
-    """Give back model NAME. For an admin, or in a mesh without keys: unload it, whoever holds it.
+    """Give back model NAME. An admin unloads it with this, even if others hold it; without keys so does every client.
 
-    It is unloaded when nothing runs on it any more. A request that names it loads it again. What others hold, only an
-    admin can unload; what nobody holds stays in memory until another model needs it.
+    It is unloaded when nothing runs on it any more. A request that names it loads it again. A model that is given back
+    stays in memory until another one needs that.
     """
     progress = Progress(hidden=as_json)
 
