@@ -53,7 +53,7 @@ def load(common: Common, name: str, host: str, pin: bool, ttl: int, no_wait: boo
     """Load model NAME at a host, wait until it is ready, and keep it there until `llambo unload`, or for --ttl.
 
     Requests for a model load it as well. This is for a model that is to be ready before the first of them, or to stay
-    between them: it is not unloaded for another one while it is held. With keys, a client that is no admin holds a model
+    between them: while it is held it is not unloaded for another one. With keys, a client that is no admin holds it
     for an hour at most, and only one that its key may use.
 
     If it cannot be loaded the reason is shown, and it is not tried again for this command. A Ctrl-C ends the waiting
