@@ -29,8 +29,8 @@ HttpRequest = Request[Any, Any, Any]
 HOLD_S = 1.0
 #: A comment is sent after this silence, so that proxies do not close the connection.
 QUIET_S = 15.0
-#: What a client waits for is not told more often.
-TELL_S = 1.0
+#: What a client waits for is not sent more often.
+SAY_S = 1.0
 #: The key of the ASGI scope for the code of the error that a request was answered with.
 CODE_KEY = "llambo.code"
 #: Of an answer that no model made.
@@ -101,8 +101,8 @@ class Streaming(_Reader):
     def __init__(self, feeds: Feeds, feed: Feed, renderer: Renderer, place: Place | None = None) -> None:
         super().__init__(feeds, feed, renderer, place)
         self._resumed = place is not None
-        #: What its client was told last that it waits for, and when it may be told more.
-        self._told, self._tell_at = "", 0.0
+        #: what its client has been sent last about what it waits for, and when it is sent more.
+        self._said, self._say_at = "", 0.0
 
     async def _serve(self, scope: Scope, send: Send) -> None:
         await self._hold()
@@ -148,18 +148,18 @@ class Streaming(_Reader):
             self._check_connection()
 
     def _waits(self) -> bytes:
-        """A comment each time that what it waits for has changed, but not more often than every `TELL_S`."""
+        """A comment each time that what it waits for has changed, but not more often than every `SAY_S`."""
         waits, now = self._feed.waits, asyncio.get_running_loop().time()
-        if waits in ("", self._told) or now < self._tell_at:
+        if waits in ("", self._said) or now < self._say_at:
             return b""
-        self._told, self._tell_at = waits, now + TELL_S
+        self._said, self._say_at = waits, now + SAY_S
         return comment(waits)
 
     def _quiet_s(self) -> float:
         """How long it may be silent."""
-        if self._feed.waits in ("", self._told):
+        if self._feed.waits in ("", self._said):
             return QUIET_S
-        return max(0.0, self._tell_at - asyncio.get_running_loop().time())
+        return max(0.0, self._say_at - asyncio.get_running_loop().time())
 
 
 class Whole(_Reader):
