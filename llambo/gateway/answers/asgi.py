@@ -101,7 +101,7 @@ class Streaming(_Reader):
     def __init__(self, feeds: Feeds, feed: Feed, renderer: Renderer, place: Place | None = None) -> None:
         super().__init__(feeds, feed, renderer, place)
         self._resumed = place is not None
-        #: what its client has been sent last about what it waits for, and when it is sent more.
+        #: What its client has been sent last about what it waits for, and when it is sent more.
         self._said, self._say_at = "", 0.0
 
     async def _serve(self, scope: Scope, send: Send) -> None:
