@@ -56,6 +56,8 @@ def test_a_script_pulls_lists_and_removes(env: dict[str, str], hub: Hub) -> None
 
     found = llambo(env, "pull", "--json", "small")
     assert (found.code, found.json()["model"]) == (Exit.OK, "small"), found.story
+    again = llambo(env, "pull", f"hf:{REPO}:Q8_0")
+    assert (again.code, again.err) == (Exit.OK, ""), again.story
     listed = {each["model"] for each in llambo(env, "models", "--json", "--connect-ms", "50").json()["host"]}
     assert listed >= {"small", f"hf:{REPO}/{LARGE}"}
     removed = llambo(env, "rm", "--yes", f"hf:{REPO}:Q8_0")

@@ -32,7 +32,7 @@ class Lines:
 
     def moved(self, count: int) -> None:
         self._done += count
-        tenth = self._done * 10 // max(self._total, 1)
+        tenth = self._done * 10 // self._total if self._total else 0
         if tenth > self._shown:
             self._shown = tenth
             self.note(f"{tenth * 10:3} %, {size(self._done)} of {size(self._total)}")

@@ -84,14 +84,11 @@ _ELSEWHERE = "HF_HUB_CACHE, OLLAMA_MODELS or XDG_CACHE_HOME name another folder 
 
 def fetch(blob: Blob, web: Web, watcher: Watcher) -> None:
     """Download it, unless it is here. Another process that does so is waited for; if it ends, this one goes on."""
-    if blob.is_here():  # the folder may be one that cannot be written
-        watcher.moved(blob.size)
+    if _is_done(blob, watcher):  # its folder may be one that cannot be written
         return
     try:
         with locked(blob.lock, lambda: watcher.note(f"another process downloads {blob.name}; waiting for it")):
-            if blob.is_here():
-                _sums(blob.part).unlink(missing_ok=True)
-                watcher.moved(blob.size)
+            if _is_done(blob, watcher):
                 return
             blob.path.parent.mkdir(parents=True, exist_ok=True)
             with PartFile(blob.part, blob.size, blob.sha256 or f"{blob.url} {blob.version}") as part:
@@ -99,6 +96,15 @@ def fetch(blob: Blob, web: Web, watcher: Watcher) -> None:
                 part.finish(blob)
     except OSError as error:
         raise cannot_write(error, blob.path) from error
+
+
+def _is_done(blob: Blob, watcher: Watcher) -> bool:
+    if not blob.is_here():
+        return False
+    with contextlib.suppress(OSError):
+        _sums(blob.part).unlink()  # of a process that was killed in its last step
+    watcher.moved(blob.size)
+    return True
 
 
 def _fill(part: PartFile, blob: Blob, web: Web, watcher: Watcher) -> None:
