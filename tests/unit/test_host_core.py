@@ -154,7 +154,7 @@ def test_what_a_broker_wants_is_loaded_and_reported() -> None:
     assert rig.model("a").loads == 1 and rig.model("a").load_ms == 3_000
 
 
-def test_a_model_is_loaded_once_whoever_asks() -> None:
+def test_a_model_is_loaded_once_however_many_ask() -> None:
     rig = Rig(ABC, brokers=2)
     rig.place("a").place("a", broker=1).hold("a", "x").place("a")
     assert rig.started == ["a"]

@@ -5,7 +5,7 @@ This core follows them in turn, as far as these rules allow:
 
     budget      what is loaded, being loaded or being unloaded fits the budget of each kind of memory, and is at most
                 `LOADED_PER_HOST` models. Memory is free when the engine process is gone, and not before
-    one flight  a model is loaded once, whoever asks
+    one flight  a model is loaded once, however many ask for it
     busy        a model whose worker runs something is not unloaded. The worker has the last word: it refuses to stop
                 if a request has arrived in the meantime
     held        nor is one that somebody holds, or that is pinned
