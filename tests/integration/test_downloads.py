@@ -264,6 +264,16 @@ def test_a_redirect_to_another_host_does_not_get_the_token(hub: Hub, monkeypatch
     assert all(each.headers["Authorization"] == "Bearer hf_secret" for each in hub.requests)
 
 
+def test_a_token_for_this_machine_does_not_go_to_a_proxy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serving(Hub()) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert bring().is_file() and not proxy.requests
+        monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+        assert "404" in str(refusal("hf:org/none")), "elsewhere it is used, without the token"
+        assert proxy.requests and all("Authorization" not in each.headers for each in proxy.requests)
+
+
 @pytest.mark.parametrize(
     "target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://[", "//", "/org/tiny-GGUF/resolve/x"]
 )
