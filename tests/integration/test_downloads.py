@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -37,6 +38,9 @@ class Watcher:
 
     def moved(self, count: int) -> None:
         self.done += count
+
+    def verified(self, path: Path, sha256: str) -> None:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
 def big(size: int) -> bytes:
@@ -156,10 +160,11 @@ def test_a_file_with_a_url(hub: Hub, home: Path) -> None:
     assert path.name == "tiny.gguf" and path.read_bytes() == tiny_model.whole()
     assert [str(ref) for ref, _, _ in caches.listed()] == [name]
     checked = f"{name}#sha256={sha256(tiny_model.whole())}"
-    assert bring(checked) == path
-    caches.remove(caches.removal(ref_of(name)))
-    assert everything(home) == {}
+    assert bring(checked) != path, "what is here without a checksum does not count as checked"
     assert "wrong bytes" in str(refusal(f"{name}#sha256={'0' * 64}"))
+    for each in (name, checked):
+        caches.remove(caches.removal(ref_of(each)))
+    assert everything(home) == {}
 
 
 # --- the connection ------------------------------------------------------------------------------------------
@@ -260,6 +265,16 @@ def test_a_redirect_to_another_host_does_not_get_the_token(hub: Hub, monkeypatch
     assert all(each.headers["Authorization"] == "Bearer hf_secret" for each in hub.requests)
 
 
+def test_a_token_for_this_machine_does_not_go_to_a_proxy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serving(Hub()) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert bring().is_file() and not proxy.requests
+        monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+        assert "404" in str(refusal("hf:org/none")), "elsewhere it is used, without the token"
+        assert proxy.requests and all("Authorization" not in each.headers for each in proxy.requests)
+
+
 @pytest.mark.parametrize(
     "target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://[", "//", "/org/tiny-GGUF/resolve/x"]
 )
@@ -285,11 +300,11 @@ def test_terms_that_are_not_accepted(hub: Hub, given: str, monkeypatch: pytest.M
     monkeypatch.setenv("HF_TOKEN", given)
     hub.token = "hf_right"
     error = refusal()
-    assert error.status == 401
-    assert ("the token is not accepted" in str(error)) == bool(given) and "HF_TOKEN" in error.hint + str(
-        given and "HF_TOKEN"
-    )
+    assert error.status == 401 and hub.url in error.hint
+    assert ("the token is not accepted" in str(error)) == bool(given) and ("HF_TOKEN" in error.hint) == (not given)
     assert not given or given not in f"{error} {error.hint}"
+    hub.refusals = [(403, {})]
+    assert refusal().status == 403
 
 
 @pytest.mark.parametrize("place", ["HF_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "home"])
@@ -323,6 +338,39 @@ def test_a_server_that_stays_busy(hub: Hub) -> None:
     assert len(hub.requests) == web.TRIES
     hub.refusals = [(429, {"Retry-After": "3600"})]
     assert "it asks to wait 3600 s; 1 tries" in str(refusal())
+
+
+def test_a_server_that_sends_no_more(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "TIMEOUT_S", 0.1)
+    release = threading.Event()
+    hub.cut, hub.on_cut = lambda: 7, lambda: release.wait(TIMEOUT_S)
+    try:
+        assert "timed out; 6 tries" in str(refusal())
+    finally:
+        release.set()
+
+
+def test_a_server_that_sends_too_slowly(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "SLOW_S", 0.0)
+    assert "less than 1 KiB a second; 6 tries" in str(refusal())
+
+
+def test_headers_without_end(hub: Hub) -> None:
+    hub.refusals = [(200, {f"X-{number}": "x" * 60_000 for number in range(200)})] * 10
+    assert "more than 100 headers" in str(refusal())
+    hub.refusals = [(200, {"X": "x" * 100_000})] * 10
+    assert "got more than 65536 bytes" in str(refusal())
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bring()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("it writes")
+
+    for name in ("mkdir", "symlink_to", "replace", "write_bytes"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert bring() == path
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +460,7 @@ def test_names_that_would_lead_out_of_the_cache_are_not_used(hub: Hub, home: Pat
     }
     assert bring().name == "x-Q8_0.gguf"
     hub.commit = "../../evil"
-    assert "a commit" in str(refusal("hf:org/tiny-GGUF:Q3_K"))
+    assert "an answer that cannot be read" in str(refusal("hf:org/tiny-GGUF:Q3_K"))
     assert all(name.startswith(".cache/huggingface/hub/models--org--tiny-GGUF/") for name in everything(home))
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llambo.cli.kit.failure import Exit
 from llambo.mesh.settings import settings
 from llambo.mesh.wire.errors import LlamboError
+from llambo.worker.llama import binding
 from llambo.worker.models import model_files
 from llambo.worker.models.model_files import NoSuchModel
 from llambo.worker.store import caches, part_file, refs
@@ -85,6 +89,28 @@ def test_a_path_of_a_server_stays_below_its_folder() -> None:
         "a/" * 600 + "b",
     ):
         assert not refs.is_safe_path(path), path
+
+
+@given(
+    st.sampled_from(["hf:", "ollama:", "https://", "http://127.0.0.1/", "hf:o/", "ollama:o/r:", "https://hf.co/o/r/"]),
+    st.text(st.sampled_from("ab./\\:@#%2e\x1bé-_ ") | st.characters(), max_size=30),
+    st.sampled_from(["", ".gguf", "/x.gguf", ":Q4"]),
+)
+def test_whatever_the_name_is_its_files_are_in_a_cache(scheme: str, middle: str, end: str) -> None:
+    try:
+        ref = refs.parse(scheme + middle + end)
+    except StoreError:
+        return
+    match ref:
+        case HubRef(repo, _, file):
+            path, top = caches.repo_folder(repo) / "snapshots" / "c" / (file or "x"), caches.hub_folder()
+        case OllamaRef():
+            path, top = caches.manifest_path(ref, caches.ollama_folder()), caches.ollama_folder()
+        case UrlRef():
+            path, top = caches.url_file(ref), caches.own_folder()
+        case None:
+            raise AssertionError(scheme)
+    assert Path(os.path.normpath(path)) == path and path.is_relative_to(top) and len(path.parts) > len(top.parts) + 1
 
 
 QWEN = [
@@ -326,7 +352,10 @@ def test_rm_asks_and_touches_no_other_file(home: Path) -> None:
     assert llambo("rm", "--yes", "mine.gguf").exit_code == Exit.OK and not mine.exists()
 
 
-def test_a_model_that_is_not_here_is_an_error_with_the_command_that_helps(home: Path) -> None:
+def test_a_model_that_is_not_here_is_an_error_with_the_command_that_helps(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binding, "missing", lambda library="": "")
     for words in (["models", "hf:o/r:Q4_K_M"], ["worker", "--model", "hf:o/r:Q4_K_M"], ["up", "hf:o/r:Q4_K_M"]):
         done = llambo(*words)
         assert done.exit_code == Exit.ERROR and "llambo pull hf:o/r:Q4_K_M" in done.stderr, done.stderr

@@ -12,8 +12,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from llambo.mesh.wire.tokens import UNDECODABLE
 from llambo.worker.store import refs
@@ -23,7 +25,8 @@ OLLAMA_MODEL = "application/vnd.ollama.image.model"
 #: Where Ollama keeps its models when it runs as a service.
 OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
 MANIFEST_BYTES = 1024 * 1024
-LAYERS = 64
+#: Of a file.
+Size = Annotated[int, Meta(ge=0, lt=2**50)]
 
 
 def _cache() -> Path:
@@ -52,7 +55,8 @@ def repo_folder(repo: str) -> Path:
 
 
 def url_file(ref: UrlRef) -> Path:
-    first = ref.parts()[0].url
+    """With a checksum in its name it is another file than without: that one was not compared with it."""
+    first = str(ref.parts()[0])
     return own_folder() / hashlib.sha256(first.encode()).hexdigest()[:32] / ref.file
 
 
@@ -61,15 +65,12 @@ def url_file(ref: UrlRef) -> Path:
 
 class OllamaLayer(msgspec.Struct, frozen=True):
     mediaType: str  # noqa: N815  # as in the file
-    digest: str
-    size: int
+    digest: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
+    size: Size
 
     @property
     def sha256(self) -> str:
-        kind, _, sha256 = self.digest.partition(":")
-        if kind != "sha256" or not refs.SHA256.fullmatch(sha256) or not 0 <= self.size < 2**50:
-            raise StoreError("a manifest of Ollama names a file in a way that is not known")
-        return sha256
+        return self.digest.removeprefix("sha256:")
 
 
 class OllamaManifest(msgspec.Struct, frozen=True):
@@ -77,7 +78,7 @@ class OllamaManifest(msgspec.Struct, frozen=True):
     config: OllamaLayer | None = None
 
     def all(self) -> list[OllamaLayer]:
-        return [*self.layers, *([self.config] if self.config else [])][:LAYERS]
+        return [*self.layers, *([self.config] if self.config else [])]
 
     @property
     def model(self) -> OllamaLayer | None:
@@ -124,7 +125,7 @@ def _snapshots(ref: HubRef) -> Iterator[tuple[Path, list[str]]]:
         main = (folder / "refs" / "main").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         main = ""
-    found = sorted((folder / "snapshots").glob("*"), key=lambda each: (each.name == main, each.stat().st_mtime_ns))
+    found = sorted((folder / "snapshots").glob("*"), key=lambda each: (each.name == main, each.lstat().st_mtime_ns))
     for snapshot in reversed(found):
         files = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if os.path.isfile(path)]
         try:
@@ -135,12 +136,10 @@ def _snapshots(ref: HubRef) -> Iterator[tuple[Path, list[str]]]:
 
 def _ollama_file(ref: OllamaRef, folder: Path) -> Path | None:
     manifest = read_manifest(manifest_path(ref, folder))
-    try:
-        path = ollama_blob(folder, manifest.model) if manifest and manifest.model else folder / "none"
-    except StoreError:
+    if manifest is None or manifest.model is None:
         return None
-    is_whole = manifest and manifest.model and os.path.isfile(path) and path.stat().st_size == manifest.model.size
-    return path if is_whole else None
+    path = ollama_blob(folder, manifest.model)
+    return path if os.path.isfile(path) and path.stat().st_size == manifest.model.size else None
 
 
 def ollama_blob(folder: Path, layer: OllamaLayer) -> Path:
@@ -159,7 +158,10 @@ def listed() -> Iterator[tuple[Ref, Path, str]]:
             if blob := _ollama_file(ollama, folder):
                 yield ollama, blob, "Ollama"
     for note in sorted(own_folder().glob("*/url")):
-        ref = refs.parse(note.read_text(encoding="utf-8").strip())
+        try:
+            ref = refs.parse(note.read_text(encoding="utf-8").strip())
+        except (OSError, ValueError, StoreError):
+            continue
         if isinstance(ref, UrlRef) and (file := find(ref)):
             yield ref, file, "downloads"
 

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
+from msgspec import Meta
 
 from llambo.worker.store import caches, refs
-from llambo.worker.store.caches import OllamaManifest
+from llambo.worker.store.caches import OllamaManifest, Size
 from llambo.worker.store.part_file import Blob, Watcher, cannot_write, check_room, fetch, sync_folder
-from llambo.worker.store.refs import HubRef, OllamaRef, Ref, StoreError, UrlRef, is_loopback
+from llambo.worker.store.refs import HubRef, OllamaRef, Ref, StoreError, UrlRef, is_loopback, shown
 from llambo.worker.store.web import Web, persevere
 
 HUB = "https://huggingface.co"
@@ -40,8 +41,8 @@ class Download:
         return sum(blob.size for blob in self.blobs)
 
     @property
-    def missing(self) -> list[Blob]:
-        return [blob for blob in self.blobs if not blob.is_here()]
+    def missing(self) -> int:
+        return sum(blob.missing for blob in self.blobs)
 
 
 def plan(ref: Ref, watcher: Watcher) -> Download:
@@ -84,8 +85,8 @@ def _is_set(variable: str) -> bool:
 
 
 class _Lfs(msgspec.Struct, frozen=True):
-    oid: str
-    size: int
+    oid: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    size: Size
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -95,7 +96,7 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 class _Revision(msgspec.Struct, frozen=True):
-    sha: str
+    sha: Annotated[str, Meta(pattern=r"^[0-9a-f]{40}\Z")]
 
 
 def hub_token() -> str:
@@ -123,11 +124,9 @@ def _endpoint() -> str:
 
 def _hub(ref: HubRef, watcher: Watcher) -> Download:
     endpoint = _endpoint()
-    web = Web(f"{endpoint}/{ref.repo}", token=hub_token(), token_for=endpoint)
+    web = Web(shown(f"{endpoint}/{ref.repo}"), token=hub_token(), token_for=endpoint)
     api = f"{endpoint}/api/models/{ref.repo}"
     commit = _ask(web, f"{api}/revision/main", _Revision, watcher)[0].sha
-    if len(commit) != 40 or not set(commit) <= set("0123456789abcdef"):
-        raise StoreError(f"{web.page}: the server names a commit {commit[:50]!r}, which is none")
     entries: dict[str, _Entry] = {}
     url = f"{api}/tree/{commit}?recursive=true"
     for _ in range(PAGES):
@@ -142,7 +141,7 @@ def _hub(ref: HubRef, watcher: Watcher) -> Download:
 
 
 def _hub_blob(endpoint: str, ref: HubRef, commit: str, entry: _Entry) -> Blob:
-    if entry.lfs is None or not refs.SHA256.fullmatch(entry.lfs.oid) or not 0 < entry.lfs.size < 2**50:
+    if entry.lfs is None:
         raise StoreError(f"{ref.repo}/{entry.path} has no checksum at the server", "choose another file or repository")
     url = f"{endpoint}/{ref.repo}/resolve/{commit}/{quote(entry.path)}"
     folder, sha256 = caches.repo_folder(ref.repo), entry.lfs.oid
@@ -154,13 +153,17 @@ def _publish(folder: Path, commit: str, blobs: dict[str, Blob]) -> None:
     """The name of the last file is made last, so that a model in several files is whole from the start."""
     for name, blob in reversed(blobs.items()):
         link = folder / "snapshots" / commit / name
+        if link.exists() and link.samefile(blob.path):
+            continue
         link.parent.mkdir(parents=True, exist_ok=True)
         new = link.with_name(f".{link.name[:200]}.{os.getpid()}")
         new.unlink(missing_ok=True)
         new.symlink_to(os.path.relpath(blob.path, link.parent))
         new.replace(link)
-    (folder / "refs").mkdir(exist_ok=True)
-    _write(folder / "refs" / "main", commit.encode())
+    main = folder / "refs" / "main"
+    if not main.is_file() or main.read_bytes() != commit.encode():
+        main.parent.mkdir(exist_ok=True)
+        _write(main, commit.encode())
 
 
 def _write(path: Path, content: bytes) -> None:
