@@ -160,9 +160,10 @@ class FakeTransport(asyncio.Transport):
 class FakeBridge:
     def __init__(self, limits: ConnectionLimits) -> None:
         self.mesh = FakeMesh()
-        self.client: Any = self.mesh
+        client: Any = self.mesh
+        self.client = client
         self.connection_limits = limits
-        self.holds = Holds(self.client)
+        self.holds = Holds(client)
         self.connections = 0
         self.empty = asyncio.Event()
         self.stopped = False

@@ -38,7 +38,7 @@ from llambo.mesh.client.client import Client
 from llambo.mesh.service import clock
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError, printable
-from llambo.mesh.wire.reports import DrainReply, RequestStory
+from llambo.mesh.wire.reports import DrainReply, HoldReply, RequestStory
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class Watches:
 
 
 async def _answers(client: Client, before: Picture) -> Answers:
-    return Answers(
+    found = Answers(
         *await asyncio.gather(
             client.status(),
             client.workers(),
@@ -214,6 +214,8 @@ async def _answers(client: Client, before: Picture) -> Answers:
             client.recent(before.last_sample),
         )
     )
+    # An older broker knows nothing of hosts.
+    return replace(found, hosts=await client.hosts()) if any(row.hosts for row in found.status.models) else found
 
 
 def _event(message: Message) -> bytes:
@@ -225,6 +227,13 @@ class DrainBody(msgspec.Struct):
     worker: Name
     undo: bool = False
     move: bool = False
+
+
+class LoadBody(msgspec.Struct):
+    model: Name
+    host: Name
+    pin: bool = False
+    undo: bool = False
 
 
 class CancelBody(msgspec.Struct):
@@ -299,13 +308,20 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
     async def drain(request: HttpRequest, data: DrainBody) -> DrainReply:
         return await (await _client(request)).drain(data.worker, data.undo, move=data.move)
 
+    @post("/board/load", status_code=200)
+    async def load(request: HttpRequest, data: LoadBody) -> HoldReply:
+        client = await _client(request)
+        if data.undo:
+            return await client.release_model(data.model, host=data.host)
+        return await client.hold_model(data.model, host=data.host, pin=data.pin)
+
     @post("/board/cancel", status_code=200)
     async def cancel(request: HttpRequest, data: CancelBody) -> dict[str, str]:
         return {"reason": await (await _client(request)).cancel(data.id)}
 
     return [
         Router("/", route_handlers=[page, part], include_in_schema=False),
-        Router("/", route_handlers=[live, story, drain, cancel], guards=[admins_only], include_in_schema=False),
+        Router("/", route_handlers=[live, story, drain, load, cancel], guards=[admins_only], include_in_schema=False),
     ]
 
 

@@ -27,7 +27,7 @@ export function begin() {
 /** The models to choose from. The current choice is kept. */
 export function show(mesh, withToken) {
   token = withToken;
-  const names = (mesh.mesh.models ?? []).filter((model) => model.workers).map((model) => model.model);
+  const names = (mesh.mesh.models ?? []).filter((model) => model.workers || model.state !== "lost").map((model) => model.model);
   const select = $("model");
   const known = [...select.options].map((option) => option.value);
   if (names.join("\n") !== known.join("\n")) {
