@@ -235,6 +235,11 @@ class LoadBody(msgspec.Struct):
     pin: bool = False
     undo: bool = False
 
+    async def carry_out(self, client: Client) -> HoldReply:
+        if self.undo:
+            return await client.release_model(self.model, host=self.host)
+        return await client.hold_model(self.model, host=self.host, pin=self.pin)
+
 
 class CancelBody(msgspec.Struct):
     id: Annotated[str, Meta(min_length=4, max_length=2 * limits.REQUEST_ID_BYTES)]
@@ -277,22 +282,13 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
         ):
             raise StatusError(415, "send application/json")
 
-    def file(request: HttpRequest, name: str) -> Response[bytes]:
-        asset = files.get(name)
-        if asset is None:
-            raise StatusError(404, f"there is no file {name[:80]!r}")
-        headers = {"cache-control": CACHING, "etag": asset.tag}
-        if request.headers.get("if-none-match") == asset.tag:
-            return Response(b"", status_code=304, headers=headers)
-        return Response(asset.body, headers=headers, media_type=asset.type)
-
     @get("/")
     async def page(request: HttpRequest) -> Response[bytes]:
-        return file(request, PAGE)
+        return _file(request, files, PAGE)
 
     @get("/board/{name:str}")
     async def part(request: HttpRequest, name: str) -> Response[bytes]:
-        return file(request, name)
+        return _file(request, files, name)
 
     @get("/board/live")
     async def live(request: HttpRequest) -> ASGIApp:
@@ -310,10 +306,7 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
 
     @post("/board/load", status_code=200)
     async def load(request: HttpRequest, data: LoadBody) -> HoldReply:
-        client = await _client(request)
-        if data.undo:
-            return await client.release_model(data.model, host=data.host)
-        return await client.hold_model(data.model, host=data.host, pin=data.pin)
+        return await data.carry_out(await _client(request))
 
     @post("/board/cancel", status_code=200)
     async def cancel(request: HttpRequest, data: CancelBody) -> dict[str, str]:
@@ -323,6 +316,16 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
         Router("/", route_handlers=[page, part], include_in_schema=False),
         Router("/", route_handlers=[live, story, drain, load, cancel], guards=[admins_only], include_in_schema=False),
     ]
+
+
+def _file(request: HttpRequest, files: dict[str, Asset], name: str) -> Response[bytes]:
+    asset = files.get(name)
+    if asset is None:
+        raise StatusError(404, f"there is no file {name[:80]!r}")
+    headers = {"cache-control": CACHING, "etag": asset.tag}
+    if request.headers.get("if-none-match") == asset.tag:
+        return Response(b"", status_code=304, headers=headers)
+    return Response(asset.body, headers=headers, media_type=asset.type)
 
 
 async def _client(request: HttpRequest) -> Client:
