@@ -15,8 +15,9 @@ import pytest
 
 from llambo.cli.kit import answer_views
 from llambo.cli.kit.answer_views import Clock, StdoutWriter, TextView, statistics_line
-from llambo.cli.kit.follow import stall_text
+from llambo.cli.kit.follow import cut_text, stall_text, unknown_text
 from llambo.mesh.client.answer_stream import Answer, Piece, Stream
+from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import RequestStory, StoryStep
 
@@ -78,6 +79,7 @@ def test_after_a_lost_broker_it_is_not_known_that_an_answer_never_moved(moves: i
          "waiting for a worker with ctx 2048; b has ctx 4096; lost: worker a: silent"),
         ("dispatched", {}, "waiting for w, which has not accepted it yet"),
         ("running", {"tokens": 7}, "waiting for w, which has made 7 tokens"),
+        ("running", {"tokens": 7, "moves": 1}, "waiting for w, which continues the answer, which has 7 tokens"),
         ("completing", {}, "waiting for the last tokens from w, which were lost on their way"),
         ("ended", {}, "waiting for the end of the answer"),
     ],
@@ -85,3 +87,20 @@ def test_after_a_lost_broker_it_is_not_known_that_an_answer_never_moved(moves: i
 def test_why_no_token_comes(state: str, fields: dict[str, Any], text: str) -> None:
     story = [StoryStep(what="submitted"), StoryStep(what="lost", detail="worker a: silent"), StoryStep(what="waits")]
     assert stall_text(RequestStory(state=state, worker="w", story=story, **fields)) == text
+
+
+def test_a_broker_that_was_restarted_has_not_lost_the_answer() -> None:
+    text = unknown_text(LlamboError(Code.UNKNOWN_REQUEST, "no request 3f2a is known here"))
+    assert text == "waiting: the broker was restarted, and the request is being brought back to it"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "text"),
+    [
+        (256, 256, "cut after 256 tokens; --max-tokens allows more"),
+        (100, 256, "cut after 100 tokens: the context is full"),
+        (1, 0, "cut after 1 token; --max-tokens of `llambo send` allows more"),
+    ],
+)
+def test_an_answer_that_was_cut_says_what_allows_more(tokens: int, most: int, text: str) -> None:
+    assert cut_text(tokens, most) == text

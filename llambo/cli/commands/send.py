@@ -69,7 +69,8 @@ def send(
     """Send PROMPT and show the answer as it comes.
 
     The prompt is the arguments, or stdin with `-` or without any. Ctrl-C cancels the request on its worker; a
-    second one leaves at once. When no token comes for 3 s, stderr says why, on a terminal or with -v.
+    second one leaves at once. When no token comes for 3 s, stderr says why, on a terminal or with -v;
+    elsewhere it says once what the request waits for, if that is more than its turn.
 
     With --json each line is an object with a "type"; fields may be added, none changes its meaning:
 

@@ -22,7 +22,7 @@ from llambo.cli.kit.std_streams import (
 )
 from llambo.mesh.wire.errors import Code, LlamboError
 
-#: How similar to a command a word must be to count as a typing mistake.
+#: How similar to a command or an option a word must be to count as a typing mistake.
 SIMILAR = 0.8
 EXIT_CODES = "\n".join(f"{code.value:>3}  {text}" for code, text in MEANING.items())
 
@@ -48,6 +48,14 @@ class _Help(click.Command):
             sys.exit(Exit.ERROR)
         finally:
             flush_or_silence()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            # Click also proposes what has little in common with the word.
+            near = difflib.get_close_matches(error.option_name, error.possibilities or [], 3, SIMILAR)
+            raise click.NoSuchOption(error.option_name, possibilities=near, ctx=error.ctx) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_options(self, ctx, formatter, aside=False)

@@ -52,7 +52,7 @@ llambo up --bind 0.0.0.0 --keys keys     for other machines too: `llambo keys`
 
 BROKER_SETTINGS = ("policy", "bind", "port", "keys", "metrics")
 FAKE = "the engine is the fake one: no model runs, and its words are made up"
-WORKER_SETTINGS = ("model", "engine", "node_class", "slots", "ctx", "threads", "gpu_layers")
+WORKER_SETTINGS = ("model", "engine", "node_class", "slots", "ctx", "threads", "gpu_layers", "kv_type", "flash_attn")
 #: The pause before a restart: the first one, and the longest. After a child has lived for the longest, the row of
 #: failures starts over.
 PAUSE_MS = (500, 8_000)

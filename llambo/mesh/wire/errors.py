@@ -82,7 +82,9 @@ TRAITS: dict[Code, Trait] = {
     Code.UNKNOWN_WORKER: Trait(Fault.CALLER, 404, False, "`llambo workers` lists the names"),
     Code.EXPIRED: Trait(Fault.CALLER, 410, False, "the result was deleted after its time; send the request again"),
     Code.BUSY: Trait(Fault.MESH, 429, True, "try again after the time given, or add workers"),
-    Code.NO_WORKER: Trait(Fault.MESH, 503, True, "start one with `llambo-worker`"),
+    Code.NO_WORKER: Trait(Fault.MESH, 503, True, "start a `llambo-worker`; `llambo events` shows why others left"),
+        Fault.MESH, 503, True, "start one with `llambo-worker`; `llambo events` shows why others have left"
+    ),
     Code.DEADLINE: Trait(Fault.MESH, 504, True, "allow more time or ask for fewer tokens"),
     Code.QUEUE_TIMEOUT: Trait(Fault.MESH, 503, True, "try again later, or add workers"),
     Code.ENGINE_FAILED: Trait(Fault.MESH, 502, False, "look at the worker's log; `llambo why ID` shows what happened"),
