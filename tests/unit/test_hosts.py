@@ -457,6 +457,8 @@ def test_a_holder_belongs_to_its_key() -> None:
     assert bob.problems[-1].error.code is Code.FORBIDDEN
     assert held(op, "a", holder="ann/x", undo=True).holder == "ann/x"
     assert host.received(m.Hold)[-1].holder == "ann/x"
+    # Its own may be named in full, as in a reply
+    assert held(ann, "a", holder="ann/x", undo=True).holder == "ann/x"
 
 
 def test_a_model_that_workers_without_a_host_serve_needs_no_holder() -> None:

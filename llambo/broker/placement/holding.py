@@ -67,7 +67,8 @@ def _holder(who: Identity, order: m.HoldModel, there: list[tuple[HostEntry, m.Ho
         return ""
     if not who.name:
         return order.holder or NO_NAME
-    own = f"{who.name}{SEPARATOR}{order.holder}" if order.holder else who.name
+    full = order.holder == who.name or order.holder.startswith(who.name + SEPARATOR)  # as in a `HoldReply`
+    own = order.holder if full else f"{who.name}{SEPARATOR}{order.holder}" if order.holder else who.name
     if order.undo and who.may_manage and not any(own in model.holders for _, model in there):
         return order.holder
     return own

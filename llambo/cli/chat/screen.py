@@ -20,6 +20,7 @@ from llambo.cli.kit.answer_views import FAKE, Clock, JsonView, StdoutWriter, Tex
 from llambo.cli.kit.std_streams import paint
 from llambo.cli.kit.tables import one_line, plural
 from llambo.mesh.wire.errors import LlamboError, printable
+from llambo.mesh.wire.reports import waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,6 +122,8 @@ class Waiting:
         if lost := self._lost():
             return f"lost the broker ({lost}); trying again"
         quiet_s = time.monotonic() - self._since
+        if not self._begun and self._stream.note:
+            return waiting(self._stream.note)
         if not self._begun and self._stream.ahead:
             return f"waiting, {self._stream.ahead} ahead"
         if quiet_s < (STALL_S if self._begun else FIRST_S):

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, ask, query, rows_of
+from llambo.cli.kit.common import Common, ask, rows_of
 from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.flags import client_options, json_option, settings_options
-from llambo.cli.kit.tables import facts, number, show_json, size, table, warn_of_variants
+from llambo.cli.kit.tables import Row, duration, facts, number, one_line, show_json, size, table, warn_of_variants
 from llambo.mesh.service.extras import install_command
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.reports import ModelRow
+from llambo.mesh.wire.naming import is_in_class
+from llambo.mesh.wire.reports import HostRow, ModelHost, ModelRow, waiting
 
 if TYPE_CHECKING:
+    from llambo.mesh.client.client import Client
     from llambo.worker.models.model_files import Found
 
 EXAMPLES = """
@@ -34,6 +36,8 @@ llambo send --model tiny "What is AI?"
 COLUMNS = ("model", "size", "kind", "architecture", "quantisation", "context", "where", "loads")
 #: Columns that a narrow terminal leaves out.
 SPARE = ("where", "quantisation", "architecture")
+ON_HOSTS = ("model", "host", "state", "size", "used", "held by", "loads", "note")
+SPARE_ON_HOSTS = ("loads", "size", "note")
 #: Without a broker the models of the mesh are unknown; those of this host are listed all the same.
 NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
 
@@ -44,11 +48,14 @@ NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
 @settings_options(["models_dir", "connect_ms"])
 @client_options
 def models(common: Common, name: str | None, as_json: bool) -> None:
-    """List the models found on this host, and those that are served; or tell what the served model or file NAME is.
+    """List the models of this host and of the mesh, and where they are loaded; or tell what the model or file NAME is.
 
     On this host: those of installed packages, names in llambo.toml, and GGUF files in --models-dir, in ~/models, in the
     working folder and in the caches of llama.cpp, Hugging Face and Ollama. The name, or the path, is what
     `llambo-worker --model` takes. Of those that are served, a request need not name one if there is only one.
+
+    Hosts load models when they are asked for (`llambo-worker --models`): of each model there the list has its state,
+    what it takes of the memory, when it was used last, who holds it (`llambo load`), and why it cannot be loaded.
     """
     from llambo.worker.store import refs
 
@@ -72,19 +79,27 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
     if not as_json:
         show_host(host)
         click.echo()
-    served, problem = None, ""
+    served, hosts, problem = None, None, ""
     try:
-        served = query(common, "models")
+        served, hosts = ask(common, _of_the_mesh)
     except LlamboError as error:
         if error.code not in NO_MESH:
             raise
         problem = error.text
     if as_json:
-        show_json({"host": [asdict(each) for each in host], "mesh": served, "problem": problem})
+        show_json({"host": [asdict(each) for each in host], "mesh": served, "hosts": hosts, "problem": problem})
     elif problem:
         click.echo(f"served: {problem}")
     else:
-        show_models(rows_of(served, list[ModelRow]))
+        found = rows_of(served, list[ModelRow])
+        show_models(found)
+        show_hosts(found, rows_of(hosts, list[HostRow]))
+
+
+async def _of_the_mesh(client: Client) -> tuple[Any, Any]:
+    """Its models and its hosts, of which an older broker knows nothing."""
+    served = await client.query("models")
+    return served, await client.query("hosts") if any(row.get("hosts") for row in served) else []
 
 
 def show_file(common: Common, name: str, *, as_json: bool) -> None:
@@ -160,12 +175,63 @@ def show_model(info: dict[str, Any]) -> None:
 
 
 def show_models(found: Sequence[ModelRow]) -> None:
-    names = [f"{row.model} (fake engine)" if row.fake else row.model for row in found]
-    rows = [
-        (name, row.kind, number(row.workers), number(row.slots), number(row.waiting))
-        for name, row in zip(names, found, strict=True)
-    ]
-    table(
-        ["served", "kind", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`"
-    )
+    on_demand = any(row.hosts for row in found)
+    rows: list[Row] = []
+    for row in found:
+        name = f"{row.model} (fake engine)" if row.fake else row.model
+        cells = (name, row.kind, number(row.workers), number(row.slots), number(row.waiting))
+        rows.append((*cells, state_text(row)) if on_demand else cells)
+    columns = ["served", "kind", "workers", "slots", "waiting", *(["state"] if on_demand else [])]
+    table(columns, rows, nothing="no model is served: start a `llambo-worker`")
     warn_of_variants({row.model: row.variants for row in found})
+
+
+def state_text(row: ModelRow) -> str:
+    """What it is, and what its requests wait for."""
+    loading = [f"{there.percent} % on {there.host}" for there in row.hosts if there.state == "loading"]
+    state = f"loading, {', '.join(loading)}" if row.state == "loading" and loading else row.state
+    return f"{state}; {waiting(row.note)}" if row.note and not loading else state
+
+
+def show_hosts(found: Sequence[ModelRow], hosts: Sequence[HostRow]) -> None:
+    """Each model at each host, and what is left of the memory there."""
+    names = {row.model for row in found}
+    rows = [_on_host(row.model, there) for row in found for there in row.hosts if not is_in_class(row.model, names)]
+    if rows:
+        click.echo()
+        table(ON_HOSTS, rows, fixed=2, spare=SPARE_ON_HOSTS)
+        click.echo()
+    for host in hosts:
+        click.echo(one_line(host_text(host)))
+
+
+def _on_host(model: str, there: ModelHost) -> Row:
+    return (
+        model,
+        there.host,
+        f"loading {there.percent} %" if there.state == "loading" else there.state,
+        size(there.bytes),
+        "" if there.idle_ms < 0 else "now" if not there.idle_ms else number(duration(there.idle_ms), " ago"),
+        held_text(there),
+        number(there.loads),
+        host_note(there),
+    )
+
+
+def held_text(there: ModelHost) -> str:
+    """Those that one may see by name, and the number of the others."""
+    more = there.held - len(there.holders)
+    return ", ".join([*(["pinned"] if there.pinned else []), *there.holders, *([f"{more} more"] if more else [])])
+
+
+def host_note(there: ModelHost) -> str:
+    again = f"next try in {duration(there.retry_ms)}" if there.retry_ms else ""
+    return "; ".join(filter(None, (there.note, again)))
+
+
+def host_text(host: HostRow) -> str:
+    parts = [
+        f"{size(memory.used)} of {size(memory.budget)}" + ("" if name == "ram" else f" of {name}")
+        for name, memory in sorted(host.memory.items(), key=lambda each: each[0] != "ram")
+    ]
+    return f"{host.host}: {', '.join(parts)} in use, {len(host.loaded)} of {host.models} models loaded"

@@ -69,14 +69,15 @@ def send(
     """Send PROMPT and show the answer as it comes.
 
     The prompt is the arguments, or stdin with `-` or without any. Ctrl-C cancels the request on its worker; a
-    second one leaves at once. When no token comes for 3 s, stderr says why, on a terminal or with -v;
-    elsewhere it says once what the request waits for, if that is more than its turn.
+    second one leaves at once. While its model is loaded, and when no token comes for 3 s, stderr says so, on a
+    terminal or with -v; elsewhere it says once what the request waits for, if that is more than its turn.
 
     With --json each line is an object with a "type"; fields may be added, none changes its meaning:
 
     \b
     accepted  id, model, ahead         it is in; so many wait before it
-    waiting   ahead                    its place in the queue has changed
+    waiting   ahead, note              its place in the queue has changed, or
+                                       the note: what is loaded for it
     token     index, ids, text         tokens that came together; index is
                                        that of the first; logprobs if asked for
     end       id, reason, tokens, prompt_tokens, worker, moves, queued_ms,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from llambo.cli.kit.answer_views import CLEAR_LINE
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, query, rows_of
 from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.std_streams import paint
+from llambo.cli.kit.progress import Progress
 from llambo.cli.kit.tables import (
     Row,
     busy_text,
@@ -48,8 +46,6 @@ SPARE = ("pid", "host", "up", "done", "heard", "note")
 
 #: How often the broker is asked how many are left.
 ASK_S = 0.2
-#: How often a changed count is printed where no line can be rewritten.
-PRINT_S = 5.0
 #: A worker that was not there for so long has left. After a restart of its broker it takes a moment to be listed.
 GONE_S = 3.0
 
@@ -117,7 +113,7 @@ def drain(common: Common, worker: str, move: bool, no_wait: bool, undo: bool, as
     """
     if undo and move:
         raise click.UsageError("--undo takes back the whole drain; it does not go with --move")
-    progress = _DrainProgress(worker, as_json)
+    progress = Progress(hidden=as_json)
 
     async def work(client: Client) -> tuple[DrainReply, bool]:
         found = await client.drain(worker, undo, move=move)
@@ -144,13 +140,13 @@ def drain(common: Common, worker: str, move: bool, no_wait: bool, undo: bool, as
         click.get_current_context().exit(Exit.ERROR)
 
 
-async def _wait_until_empty(client: Client, found: DrainReply, progress: _DrainProgress) -> tuple[DrainReply, bool]:
+async def _wait_until_empty(client: Client, found: DrainReply, progress: Progress) -> tuple[DrainReply, bool]:
     """The last state, and whether the worker has left the mesh."""
     import asyncio
 
     seen_at = time.monotonic()
     while found.draining and found.running:
-        progress.show(found.running)
+        progress.show(_still(found.worker, found.running))
         await asyncio.sleep(ASK_S)
         listed = await client.workers(found.worker)
         if listed:
@@ -167,30 +163,3 @@ async def _wait_until_empty(client: Client, found: DrainReply, progress: _DrainP
 def _still(worker: str, running: int) -> str:
     which = "1 request is" if running == 1 else f"{running} requests are"
     return f"{worker} takes no new work; {which} still running there"
-
-
-class _DrainProgress:
-    """On stderr: a line that changes on a terminal, a line now and then elsewhere, nothing beside --json."""
-
-    def __init__(self, worker: str, as_json: bool) -> None:
-        self.begun = False
-        self._worker = worker
-        self._hidden = as_json
-        self._terminal = sys.stderr.isatty()
-        #: The count that was printed last, and when.
-        self._printed = -1
-        self._printed_at = 0.0
-
-    def show(self, running: int) -> None:
-        self.begun, now = True, time.monotonic()
-        late = self._terminal or now - self._printed_at >= PRINT_S
-        if not self._hidden and running != self._printed and late:
-            self._printed, self._printed_at = running, now
-            text = _still(self._worker, running)
-            if self._terminal:
-                paint(CLEAR_LINE, err=True)
-            click.echo(text, nl=not self._terminal, err=True)
-
-    def end(self) -> None:
-        if self._terminal and self._printed >= 0:
-            paint(CLEAR_LINE, err=True)

@@ -212,7 +212,7 @@ NAMED = 3
 
 def of_models(seen: ModelFacts, facts: Facts) -> Conclusions:
     if seen.missing:
-        yield problem(seen.missing, _without("LLAMBO_MODEL", facts))
+        yield problem(seen.missing, seen.remedy or _without("LLAMBO_MODEL", facts))
     library = facts.library
     loads = [each for each in seen.files if not each.problem]
     if seen.files and library and not isinstance(library, Unknown) and library.problem:

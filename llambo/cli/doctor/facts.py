@@ -59,6 +59,8 @@ class ModelFile:
 class ModelFacts:
     #: Why the model of the setting `worker.model` was not found.
     missing: str = ""
+    #: What brings it here, if that is known.
+    remedy: str = ""
     files: tuple[ModelFile, ...] = ()
 
 

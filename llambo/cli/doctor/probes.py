@@ -168,14 +168,15 @@ def try_amx(command: Sequence[str] = (sys.executable, "-m", amx_child.__name__))
 def look_at_models(place: Place) -> ModelFacts:
     from llambo.worker.models import model_files
 
-    wanted, missing = place.settings.text("model"), ""
+    wanted, missing, remedy = place.settings.text("model"), "", ""
     if wanted and place.settings.text("engine") != "fake":
         try:
             model_files.resolve(wanted, place.settings.aliases)
         except model_files.NoSuchModel as error:
-            missing = str(error)
+            missing, remedy = str(error), error.hint
     found = model_files.on_this_host(place.settings.text("models_dir"), aliases=place.settings.aliases)
-    return ModelFacts(missing, tuple(ModelFile(each.model, each.size_bytes, each.problem) for each in found))
+    files = tuple(ModelFile(each.model, each.size_bytes, each.problem) for each in found)
+    return ModelFacts(missing, remedy, files)
 
 
 # --- the machine ---------------------------------------------------------------------------------------

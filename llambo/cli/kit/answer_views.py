@@ -20,6 +20,7 @@ import click
 from llambo.cli.kit.std_streams import json_text, paint
 from llambo.cli.kit.tables import duration, plural
 from llambo.mesh.wire.errors import printable
+from llambo.mesh.wire.reports import waiting
 
 if TYPE_CHECKING:
     from llambo.mesh.client.answer_stream import Answer, Piece, Stream
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 MEASURABLE_MS = 5.0
 #: Between words; a line end is a part of its own.
 _SPACES = re.compile(r"([ \t]+|\n)")
+#: How far a load is, at the end of a note.
+_PERCENT = re.compile(r", \d+ %.*")
 #: Begins and ends lines of code in markdown.
 FENCE = "```"
 #: What a user reads with an answer that no model made.
@@ -45,7 +48,7 @@ class View:
     """How an answer is shown. A method that a view does not need does nothing."""
 
     def placed(self) -> None:
-        """The place in the queue has changed."""
+        """The place in the queue has changed, or what the request waits for."""
 
     def stalled(self, reason: str, quiet_s: float) -> None:
         """No token has come for so long."""
@@ -102,6 +105,11 @@ def link_text(lost: str) -> str:
     return f"lost the broker ({lost}); trying again" if lost else "the broker is back; going on"
 
 
+def _without_progress(reason: str) -> str:
+    """Where no line can be rewritten, not every percent gets one."""
+    return _PERCENT.sub("", reason)
+
+
 class TextView(View):
     """The answer on stdout. On a terminal a line below it says what it waits for, until it goes on."""
 
@@ -121,14 +129,16 @@ class TextView(View):
 
     def placed(self) -> None:
         # A request that starts at once reports 0 as well; the place is shown only after a wait.
-        ahead = self._stream.ahead
-        if self._in_place and not self._begun and (ahead or self._status):
+        ahead, note = self._stream.ahead, self._stream.note
+        if self._in_place and not self._begun and note:
+            self._rewrite(waiting(note))
+        elif self._in_place and not self._begun and (ahead or self._status):
             self._rewrite(f"waiting, {ahead} ahead" if ahead else "waiting, next in line")
 
     def stalled(self, reason: str, quiet_s: float) -> None:
         if self._in_place:
-            self._rewrite(f"{quiet_s:.0f} s without a token: {reason}")
-        elif reason != self._reason:
+            self._rewrite(reason if self._stream.note else f"{quiet_s:.0f} s without a token: {reason}")
+        elif _without_progress(reason) != _without_progress(self._reason):
             self._say(reason)
         self._reason = reason
 
@@ -243,7 +253,7 @@ class JsonView(View):
         self._reason = ""
 
     def stalled(self, reason: str, quiet_s: float) -> None:
-        if reason != self._reason:
+        if _without_progress(reason) != _without_progress(self._reason):
             click.echo(f"llambo: {reason}", err=True)
         self._reason = reason
 
@@ -252,7 +262,8 @@ class JsonView(View):
 
     def placed(self) -> None:
         if self._accepted:
-            self._put({"type": "waiting", "ahead": self._stream.ahead or 0})
+            note = {"note": waiting(self._stream.note)} if self._stream.note else {}
+            self._put({"type": "waiting", "ahead": self._stream.ahead or 0, **note})
         else:
             self._accept()
 

@@ -34,6 +34,7 @@ from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.std_streams import paint
 from llambo.cli.kit.tables import plural
 from llambo.mesh.wire.errors import Code, Fault, LlamboError
+from llambo.mesh.wire.reports import waiting
 
 if TYPE_CHECKING:
     from llambo.mesh.client.answer_stream import Answer, Stream
@@ -233,7 +234,7 @@ async def _explain(client: Client, stream: Stream, view: View, clock: Clock) -> 
         if clock.quiet_s < STALL_S:
             await asyncio.sleep(STALL_S - clock.quiet_s)
             continue
-        reason = await _reason(client, stream.id)
+        reason = waiting(stream.note) if stream.note else await _reason(client, stream.id)
         if clock.quiet_s >= STALL_S and not stream.over:
             view.stalled(reason, clock.quiet_s)
         await asyncio.sleep(ASK_S)
@@ -275,7 +276,7 @@ def stall_text(found: RequestStory) -> str:
     match found.state:
         case "waiting":
             place = f"{found.ahead} ahead" if found.ahead else "next in line"
-            text = f"waiting for {found.waits_for}" if found.waits_for else f"waiting for a free worker, {place}"
+            text = waiting(found.waits_for or f"a free worker, {place}")
             lost = [step for step in found.story if step.what != "waits"][-1:] if found.moves else []
             return text + "".join(f"; {step.what}: {step.detail}" for step in lost)
         case "dispatched":

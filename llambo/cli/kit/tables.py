@@ -12,7 +12,7 @@ import click
 from llambo.cli.kit.std_streams import json_text, paint
 from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.naming import how_to_match, is_in_class, what_differs
-from llambo.mesh.wire.reports import ModelVariant, RequestRow, WorkerRow
+from llambo.mesh.wire.reports import ModelVariant, RequestRow, WorkerRow, waiting
 
 Row = Sequence[object]
 
@@ -156,7 +156,8 @@ def worker_note(row: WorkerRow) -> str:
 
 
 def request_note(row: RequestRow) -> str:
-    place = f"waits for {row.waits_for}" if row.waits_for else f"{row.ahead} ahead" if row.state == "waiting" else ""
+    place = f"{row.ahead} ahead" if row.state == "waiting" else ""
+    place = waiting(row.waits_for, "waits") if row.waits_for else place
     return ", ".join(filter(None, (place, "detached" if row.detached else "")))
 
 

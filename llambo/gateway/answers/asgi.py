@@ -29,6 +29,8 @@ HttpRequest = Request[Any, Any, Any]
 HOLD_S = 1.0
 #: A comment is sent after this silence, so that proxies do not close the connection.
 QUIET_S = 15.0
+#: What a client waits for is not sent more often.
+SAY_S = 1.0
 #: The key of the ASGI scope for the code of the error that a request was answered with.
 CODE_KEY = "llambo.code"
 #: Of an answer that no model made.
@@ -99,7 +101,8 @@ class Streaming(_Reader):
     def __init__(self, feeds: Feeds, feed: Feed, renderer: Renderer, place: Place | None = None) -> None:
         super().__init__(feeds, feed, renderer, place)
         self._resumed = place is not None
-        self._sent_ahead: int | None = None
+        #: What its client has been sent last about what it waits for, and when it is sent more.
+        self._said, self._say_at = "", 0.0
 
     async def _serve(self, scope: Scope, send: Send) -> None:
         await self._hold()
@@ -128,7 +131,7 @@ class Streaming(_Reader):
         while True:
             # Cleared before looking: what comes while we send wakes us again.
             self._news.clear()
-            body = rendering.server_sent_events() or self._place()
+            body = rendering.server_sent_events() or self._waits()
             if body or rendering.finished:
                 await send({"type": "http.response.body", "body": body, "more_body": not rendering.finished})
             if rendering.finished:
@@ -137,18 +140,26 @@ class Streaming(_Reader):
                 await self._give_way()
                 continue
             try:
-                async with asyncio.timeout(QUIET_S):
+                async with asyncio.timeout(self._quiet_s()):
                     await self._news.wait()
             except TimeoutError:
-                await send({"type": "http.response.body", "body": comment("still here"), "more_body": True})
+                body = self._waits() or comment("still here")
+                await send({"type": "http.response.body", "body": body, "more_body": True})
             self._check_connection()
 
-    def _place(self) -> bytes:
-        ahead = self._feed.ahead
-        if self._feed.begun or ahead is None or ahead == self._sent_ahead:
+    def _waits(self) -> bytes:
+        """A comment each time that what it waits for has changed, but not more often than every `SAY_S`."""
+        waits, now = self._feed.waits, asyncio.get_running_loop().time()
+        if waits in ("", self._said) or now < self._say_at:
             return b""
-        self._sent_ahead = ahead
-        return comment(f"waiting, {ahead} before you" if ahead else "waiting, you are next")
+        self._said, self._say_at = waits, now + SAY_S
+        return comment(waits)
+
+    def _quiet_s(self) -> float:
+        """How long it may be silent."""
+        if self._feed.waits in ("", self._said):
+            return QUIET_S
+        return max(0.0, self._say_at - asyncio.get_running_loop().time())
 
 
 class Whole(_Reader):

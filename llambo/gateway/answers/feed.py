@@ -37,6 +37,7 @@ from llambo.mesh.client.answer_stream import Answer, Piece, Stream, limit_buffer
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.reports import waiting
 from llambo.mesh.wire.tokens import Logprob
 
 log = logging.getLogger(__name__)
@@ -188,6 +189,20 @@ class Feed:
         """How many requests wait before it; None: the mesh has not accepted it yet."""
         places = [stream.ahead for stream in self._streams]
         return None if None in places else max([place for place in places if place is not None], default=0)
+
+    @property
+    def note(self) -> str:
+        """What it waits for, if there is more to say than its place."""
+        note = next((stream.note for stream in self._streams if stream.note), "")
+        return waiting(note) if note else ""
+
+    @property
+    def waits(self) -> str:
+        """What it waits for, as a sentence; empty: it has begun, or the mesh has not accepted it yet."""
+        ahead = self.ahead
+        if self.begun or ahead is None:
+            return ""
+        return self.note or (f"waiting, {ahead} before you" if ahead else "waiting, you are next")
 
     @property
     def fake(self) -> bool:

@@ -2,7 +2,7 @@
 
     -> {"type": "ask", "id": "1", "api": "chat", "body": {"messages": [...]}, "last_event_id": ""}
     -> {"type": "cancel", "id": "1"}
-    <- {"type": "waiting", "id": "1", "ahead": 3}
+    <- {"type": "waiting", "id": "1", "ahead": 3, "note": "loading qwen3 on box2, 41 %"}
     <- {"type": "event", "id": "1", "event_id": "...", "name": "", "data": {...}}
     <- {"type": "end", "id": "1"}
     <- {"type": "error", "id": "1", "error": {...}}
@@ -121,16 +121,17 @@ class SocketSession:
 
     async def _stream(self, id: str, feed: Feed, rendering: Rendering) -> None:
         news = asyncio.Event()
-        sent_ahead: int | None = 0  # a request that is next in its queue gets no message
+        sent = (0, "")  # a request that is next in its queue gets no message
         feed.watch(self._open[id], news.set)
         try:
             while not rendering.finished:
                 news.clear()
                 if (error := feed.failed_before_begin) is not None:
                     raise error
-                if not feed.begun and feed.ahead not in (None, sent_ahead):
-                    sent_ahead = feed.ahead
-                    await self._send({"type": "waiting", "id": id, "ahead": sent_ahead})
+                if not feed.begun and feed.ahead is not None and (feed.ahead, feed.note) != sent:
+                    sent = feed.ahead, feed.note
+                    note = {"note": feed.note} if feed.note else {}
+                    await self._send({"type": "waiting", "id": id, "ahead": feed.ahead, **note})
                 for event_id, event in rendering.events():
                     about = {"type": "event", "id": id, "event_id": event_id, "name": event.name}
                     await self._send({**about, "data": event.data})

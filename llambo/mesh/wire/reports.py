@@ -11,6 +11,13 @@ import msgspec
 from llambo.mesh.wire.naming import is_in_class
 
 
+def waiting(what: str, verb: str = "waiting") -> str:
+    """A sentence of `waits_for`, or of a note: "waiting for memory on box2"; "loading qwen3 on box2, 41 %" is one."""
+    if what.startswith("loading ") or " is about to " in what:
+        return what
+    return f"{verb} {what}" if what.startswith(("for ", "until ")) else f"{verb} for {what}"
+
+
 class _Row(msgspec.Struct, frozen=True, kw_only=True):
     pass
 
@@ -113,6 +120,15 @@ class ModelRow(_Row, frozen=True, kw_only=True):
     hosts: list[ModelHost] = []
     #: What its requests wait for, if not only for a free slot.
     note: str = ""
+
+    @property
+    def state(self) -> str:
+        """The best of what it is anywhere: "ready", "loading", "stored", "failed"; "lost": its workers are gone."""
+        if self.workers > self.loading:
+            return "ready"
+        states = {"loading"} if self.loading else set[str]()
+        states |= {"stored" if there.state == "unloading" else there.state for there in self.hosts}
+        return next((each for each in ("ready", "loading", "stored", "failed") if each in states), "lost")
 
 
 class MeshStatus(_Row, frozen=True, kw_only=True):

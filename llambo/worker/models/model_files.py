@@ -248,13 +248,21 @@ def digest(path: str, cache: Path | None = None, on_progress: Callable[[int], No
     Times are compared for equality only, so a clock that jumps can at most cause a new computation.
     """
     cache = cache or _cache_file()
-    info = Path(path).stat()
-    key = f"{os.path.realpath(path)}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}"
-    known = _known(cache)
+    key, known = _key(path), _known(cache)
     if key not in known:
-        known[key] = _digest(path, info.st_size, on_progress)
+        known[key] = _digest(path, Path(path).stat().st_size, on_progress)
         _remember(cache, known)
     return known[key]
+
+
+def remember_digest(path: str, sha256: str) -> None:
+    """The one that `digest` would compute, for a file that was hashed when it was written."""
+    _remember(_cache_file(), {**_known(_cache_file()), _key(path): sha256})
+
+
+def _key(path: str) -> str:
+    info = Path(path).stat()
+    return f"{os.path.realpath(path)}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}"
 
 
 def _digest(path: str, size: int, on_progress: Callable[[int], None]) -> str:

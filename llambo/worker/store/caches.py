@@ -12,8 +12,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from llambo.mesh.wire.tokens import UNDECODABLE
 from llambo.worker.store import refs
@@ -23,6 +25,8 @@ OLLAMA_MODEL = "application/vnd.ollama.image.model"
 #: Where Ollama keeps its models when it runs as a service.
 OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
 MANIFEST_BYTES = 1024 * 1024
+#: Of a file.
+Size = Annotated[int, Meta(ge=0, lt=2**50)]
 
 
 def _cache() -> Path:
@@ -60,15 +64,12 @@ def url_file(ref: UrlRef) -> Path:
 
 class OllamaLayer(msgspec.Struct, frozen=True):
     mediaType: str  # noqa: N815  # as in the file
-    digest: str
-    size: int
+    digest: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
+    size: Size
 
     @property
     def sha256(self) -> str:
-        kind, _, sha256 = self.digest.partition(":")
-        if kind != "sha256" or not refs.SHA256.fullmatch(sha256) or not 0 <= self.size < 2**50:
-            raise StoreError("a manifest of Ollama names a file in a way that is not known")
-        return sha256
+        return self.digest.removeprefix("sha256:")
 
 
 class OllamaManifest(msgspec.Struct, frozen=True):
@@ -134,12 +135,10 @@ def _snapshots(ref: HubRef) -> Iterator[tuple[Path, list[str]]]:
 
 def _ollama_file(ref: OllamaRef, folder: Path) -> Path | None:
     manifest = read_manifest(manifest_path(ref, folder))
-    try:
-        path = ollama_blob(folder, manifest.model) if manifest and manifest.model else folder / "none"
-    except StoreError:
+    if manifest is None or manifest.model is None:
         return None
-    is_whole = manifest and manifest.model and os.path.isfile(path) and path.stat().st_size == manifest.model.size
-    return path if is_whole else None
+    path = ollama_blob(folder, manifest.model)
+    return path if os.path.isfile(path) and path.stat().st_size == manifest.model.size else None
 
 
 def ollama_blob(folder: Path, layer: OllamaLayer) -> Path:

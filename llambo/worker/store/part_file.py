@@ -36,6 +36,9 @@ class Watcher(Protocol):
     def moved(self, size: int) -> None:
         """So many bytes more are here."""
 
+    def verified(self, path: Path, sha256: str) -> None:
+        """A file is whole, and has this checksum."""
+
 
 @dataclass(frozen=True, slots=True)
 class Blob:
@@ -84,21 +87,27 @@ _ELSEWHERE = "HF_HUB_CACHE, OLLAMA_MODELS or XDG_CACHE_HOME name another folder 
 
 def fetch(blob: Blob, web: Web, watcher: Watcher) -> None:
     """Download it, unless it is here. Another process that does so is waited for; if it ends, this one goes on."""
-    if blob.is_here():  # the folder may be one that cannot be written
-        watcher.moved(blob.size)
+    if _is_done(blob, watcher):  # its folder may be one that cannot be written
         return
     try:
         with locked(blob.lock, lambda: watcher.note(f"another process downloads {blob.name}; waiting for it")):
-            if blob.is_here():
-                _sums(blob.part).unlink(missing_ok=True)
-                watcher.moved(blob.size)
+            if _is_done(blob, watcher):
                 return
             blob.path.parent.mkdir(parents=True, exist_ok=True)
             with PartFile(blob.part, blob.size, blob.sha256 or f"{blob.url} {blob.version}") as part:
                 _fill(part, blob, web, watcher)
-                part.finish(blob)
+                watcher.verified(blob.path, part.finish(blob))
     except OSError as error:
         raise cannot_write(error, blob.path) from error
+
+
+def _is_done(blob: Blob, watcher: Watcher) -> bool:
+    if not blob.is_here():
+        return False
+    with contextlib.suppress(OSError):
+        _sums(blob.part).unlink()  # of a process that was killed in its last step
+    watcher.moved(blob.size)
+    return True
 
 
 def _fill(part: PartFile, blob: Blob, web: Web, watcher: Watcher) -> None:
@@ -174,8 +183,8 @@ class PartFile:
         self._whole.update(data)
         self.size += len(data)
 
-    def finish(self, blob: Blob) -> None:
-        """Give it its name. Raises StoreError, and discards it, if it has other bytes than were announced."""
+    def finish(self, blob: Blob) -> str:
+        """Give it its name. Returns its sha256; if it is not that of the source, discards it and raises StoreError."""
         found = self._whole.hexdigest()
         if blob.sha256 and found != blob.sha256:
             self.discard()
@@ -187,6 +196,7 @@ class PartFile:
         self.path.replace(blob.path)
         _sums(self.path).unlink()
         sync_folder(blob.path.parent)
+        return found
 
     def discard(self) -> None:
         self.path.unlink()

@@ -1,0 +1,189 @@
+"""`llambo load` and `llambo unload`: which models hosts have in memory, apart from requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from llambo.cli.kit.command import Command
+from llambo.cli.kit.common import Common, ask
+from llambo.cli.kit.flags import Duration, client_options, json_option
+from llambo.cli.kit.progress import Progress
+from llambo.cli.kit.tables import duration, show_json
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.reports import HoldReply, ModelHost, ModelRow, waiting
+
+if TYPE_CHECKING:
+    from llambo.mesh.client.client import Client
+
+LOAD_EXAMPLES = """
+llambo load coder                  on the host where it fits best
+llambo load coder --on box2
+llambo load coder --ttl 30m        until then
+llambo load embedder --pin         never unloaded for another model; for admins
+"""
+UNLOAD_EXAMPLES = """
+llambo unload coder
+llambo unload coder --on box2
+"""
+#: How often the broker is asked how far it is.
+ASK_S = 0.25
+#: A broker forgets an order that no host has carried out: it is given again.
+AGAIN_S = 30.0
+#: A failure that was there before is not that of this load, unless it stays for so long.
+STALE_S = 5.0
+HINT = "`llambo models` shows each model at each host, and what is in their memory"
+LOADED = ("loading", "ready", "unloading")
+
+
+@click.command(cls=Command, examples=LOAD_EXAMPLES)
+@click.argument("name", metavar="NAME")
+@click.option("--on", "host", default="", metavar="HOST", help="On this host only.")
+@click.option("--pin", is_flag=True, help="Never unload it for another model. For admins.")
+@click.option("--ttl", type=Duration(), default=0, metavar="TIME", help="Keep it for so long: 30m, 8h.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it is loaded.")
+@json_option
+@client_options
+def load(common: Common, name: str, host: str, pin: bool, ttl: int, no_wait: bool, as_json: bool) -> None:
+    """Load model NAME at a host, wait until it is ready, and keep it there until `llambo unload`, or for --ttl.
+
+    Requests for a model load it as well. This is for a model that is to be ready before the first of them, or to stay
+    between them: while it is held it is not unloaded for another one. With keys, a client that is no admin holds it
+    for an hour at most, and only one that its key may use.
+
+    If it cannot be loaded the reason is shown, and it is not tried again for this command. A Ctrl-C ends the waiting
+    only.
+    """
+    progress = Progress(hidden=as_json)
+
+    async def work(client: Client) -> HoldReply:
+        held = await client.hold_model(name, host=host, ttl_ms=ttl, pin=pin)
+        return held if no_wait else await _until_ready(client, held, host, ttl, pin, progress)
+
+    try:
+        found = ask(common, work)
+    except KeyboardInterrupt:
+        if progress.begun:
+            text = f"{name} is loaded all the same; `llambo unload {name}` takes it back"
+            click.echo(f"\nllambo: interrupted; {text}", err=True)
+        raise
+    finally:
+        progress.end()
+    if as_json:
+        show_json(msgspec.structs.asdict(found))
+        return
+    where = f" on {found.host}" if found.host else ""
+    until = f"for {duration(found.ttl_ms)}" if found.ttl_ms else f"until `llambo unload {name}`"
+    if not found.host and found.state == "ready":
+        click.echo(f"{name} is served: {found.note}")
+    elif found.state == "ready":
+        click.echo(f"{name} is loaded{where}, and stays {until}")
+    else:
+        click.echo(f"{name} is {found.state}{where}" + (f": {found.note}" if found.note else ""))
+
+
+async def _until_ready(
+    client: Client, held: HoldReply, host: str, ttl: int, pin: bool, progress: Progress
+) -> HoldReply:
+    began = again_at = time.monotonic()
+    again_s = min(AGAIN_S, (held.ttl_ms or AGAIN_S * 2_000) / 2_000)
+    worked = False
+    while True:
+        row = await _row(client, held.model)
+        there = _where(row, held)
+        if there is not None:
+            held = msgspec.structs.replace(held, host=there.host, state=there.state, percent=there.percent)
+        note = there.note if there is not None and there.state == "failed" else row.note
+        held = msgspec.structs.replace(held, note=note or held.note)
+        worked = worked or held.state in LOADED
+        if held.state == "ready":
+            return held
+        fresh = worked or there is None or there.retry_ms > 0 or time.monotonic() - began > STALE_S
+        if held.state == "failed" and fresh:
+            with suppress(LlamboError):  # why it could not be loaded is what counts
+                await client.release_model(held.model, host=held.host, holder=held.holder)
+            raise _failure(row, held)
+        progress.show(_progress(row, held))
+        await asyncio.sleep(ASK_S)
+        if time.monotonic() - again_at > again_s:
+            again_at = time.monotonic()
+            held = await client.hold_model(held.model, host=host, ttl_ms=ttl, pin=pin)
+
+
+async def _row(client: Client, model: str) -> ModelRow:
+    found = next((row for row in await client.models() if row.model == model), None)
+    if found is None:
+        raise LlamboError(Code.UNKNOWN_MODEL, f"no host has {model!r} any more", hint=HINT)
+    return found
+
+
+def _where(row: ModelRow, held: HoldReply) -> ModelHost | None:
+    """Where it is held, or is to be."""
+    holding = [there for there in row.hosts if held.holder in there.holders]
+    return next((there for there in [*holding, *row.hosts] if held.host in ("", there.host) or there in holding), None)
+
+
+def _progress(row: ModelRow, held: HoldReply) -> str:
+    if held.state == "loading":
+        return f"loading {held.model} on {held.host}, {held.percent} %"
+    return waiting(row.note or f"until {held.model} is loaded")
+
+
+def _failure(row: ModelRow, held: HoldReply) -> LlamboError:
+    hosts = [there for there in row.hosts if there.state == "failed" and held.host in ("", there.host)]
+    reasons = "; ".join(f"on {there.host}: {there.note}" for there in hosts if there.note) or held.note
+    retry_ms = min((there.retry_ms for there in hosts if there.retry_ms), default=0)
+    return LlamboError(Code.ENGINE_FAILED, f"{held.model!r} could not be loaded {reasons}", retry_ms, hint=HINT)
+
+
+@click.command(cls=Command, examples=UNLOAD_EXAMPLES)
+@click.argument("name", metavar="NAME")
+@click.option("--on", "host", default="", metavar="HOST", help="On this host only.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until its memory is free.")
+@json_option
+@client_options
+def unload(common: Common, name: str, host: str, no_wait: bool, as_json: bool) -> None:
+    """Give back model NAME. An admin unloads it with this, even if others hold it; without keys so does every client.
+
+    It is unloaded when nothing runs on it any more. A request that names it loads it again. A model that is given back
+    stays in memory until another one needs that.
+    """
+    progress = Progress(hidden=as_json)
+
+    async def work(client: Client) -> HoldReply:
+        before = await _row(client, name)
+        given = await client.release_model(name, host=host)
+        if given.holder or no_wait:
+            return given
+        where = {there.host for there in before.hosts if there.state in LOADED and host in ("", there.host)}
+        return await _until_unloaded(client, given, where, progress)
+
+    try:
+        found = ask(common, work)
+    finally:
+        progress.end()
+    if as_json:
+        show_json(msgspec.structs.asdict(found))
+    elif found.holder:
+        click.echo(f"{name} is given back; it stays loaded until its memory is needed, or while others hold it")
+    elif found.state in LOADED:
+        click.echo(f"{name} is unloaded as soon as nothing runs on it")
+    else:
+        click.echo(f"{name} is not loaded" + (f" on {host}" if host else ""))
+
+
+async def _until_unloaded(client: Client, given: HoldReply, where: set[str], progress: Progress) -> HoldReply:
+    """A host whose answer does not have it as loaded has freed its memory, or is gone."""
+    while True:
+        row = await _row(client, given.model)
+        left = [there for there in row.hosts if there.host in where and there.state in LOADED]
+        if not left:
+            return msgspec.structs.replace(given, state="stored")
+        where = {there.host for there in left}  # what is loaded there again later is loaded for somebody
+        progress.show(f"{given.model} is unloaded on {', '.join(sorted(where))} as soon as nothing runs on it")
+        await asyncio.sleep(ASK_S)
