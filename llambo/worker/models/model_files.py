@@ -66,6 +66,10 @@ QUANTISATIONS = {
 HELPERS = {"clip": "a picture encoder, part of another model", "adapter": "an adapter, part of another model"}
 
 
+class TooLarge(BadModelFile):
+    """There is not enough memory for it."""
+
+
 class NoSuchModel(StoreError):
     """There is no such file and no such installed model, or this user cannot read it. `hint`: what to do."""
 
@@ -178,7 +182,7 @@ class Layout:
 def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:
     """For a model on the CPU alone. Chooses what is not configured to suit the machine, and checks its memory.
 
-    Raises BadModelFile if the model cannot fit.
+    Raises TooLarge if the model cannot fit.
     """
     found = unchecked_layout(options, file, free_bytes, cores)
     context = found.context
@@ -188,7 +192,7 @@ def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) 
     while not options.context and context > MIN_CONTEXT and _need(options, file, context) > free_bytes:
         context //= 2
     if (need := _need(options, file, context)) > free_bytes:
-        raise BadModelFile(_too_large(options, file, context, free_bytes))
+        raise TooLarge(_too_large(options, file, context, free_bytes))
     return replace(found, slots=options.slots, context=context, need_bytes=need)
 
 
@@ -232,6 +236,16 @@ def _step(options: LlamaOptions, file: ModelFile, context: int) -> int:
     return 4 * (context * file.vocabulary + seen)
 
 
+def beyond_training(layout: Layout, file: ModelFile) -> str:
+    """A warning; empty if there is none to give."""
+    if not 0 < file.trained_context < layout.context:
+        return ""
+    return (
+        f"--ctx {layout.context}: {file.path} was trained for {file.trained_context} tokens; what it writes beyond "
+        f"these may make no sense. --ctx {file.trained_context} needs less memory"
+    )
+
+
 def embed_need(options: LlamaOptions, file: ModelFile, context: int) -> int:
     """Bytes that the context for embeddings needs, which is created when the first one is requested."""
     return int(context * file.cell_bytes(KV_BYTES[options.kv_type])) + EMBED_WORK_BYTES
@@ -247,6 +261,7 @@ def _too_large(options: LlamaOptions, file: ModelFile, context: int, free_bytes:
     room = free_bytes - file.size_bytes - WORK_BYTES
     per_token = (_cache(options, file, context) + step) / context
     fitting = int(room / per_token) // 256 * 256 if per_token else 0
+    fitting = min(fitting, file.trained_context or fitting)
     hint = f"--ctx {fitting} would" if fitting >= MIN_CONTEXT else "a smaller model or one slot with a small --ctx may"
     return f"{text}; {hint} fit"
 
@@ -366,8 +381,7 @@ def look_at(
     except (BadModelFile, OSError) as error:
         return Found(model, str(path), where, size, problem=_without_path(str(error), str(path)))
     purpose = purpose_of(file)
-    problem = missing or HELPERS.get(str(file.meta.get("general.type", ""))) or HELPERS.get(file.architecture) or ""
-    problem = problem or purpose.problem
+    problem = missing or part_of_another(file) or purpose.problem
     try:
         layout(options, file, free_bytes, cores)
     except BadModelFile as error:
@@ -376,6 +390,11 @@ def look_at(
         model, str(path), where, sum(part.stat().st_size for part in parts(path)), file.architecture,
         quantisation=_quantisation(file), trained_context=file.trained_context, problem=problem, kind=purpose.kind,
     )  # fmt: skip
+
+
+def part_of_another(file: ModelFile) -> str:
+    """What it is, if it accompanies a model; empty if it is one."""
+    return HELPERS.get(str(file.meta.get("general.type", ""))) or HELPERS.get(file.architecture) or ""
 
 
 def _without_path(text: str, path: str) -> str:
@@ -403,7 +422,7 @@ def _candidates(folder: str, aliases: Mapping[str, str]) -> Iterator[tuple[str, 
         if path is not None:
             yield name, path, "package"
     for top, where, depth in _folders(folder):
-        yield from ((str(path), path, _where(path, where)) for path in _files(top, depth) if _is_first(path))
+        yield from ((str(path), path, _where(path, where)) for path in below(top, depth))
     for ref, path, where in caches.listed():
         if _is_first(path):
             # A name stands for the newest state of a file; an older one has its path only.
@@ -415,6 +434,11 @@ def _where(path: Path, where: str) -> str:
     """With what it is a link to, if that has another name."""
     target = os.path.basename(os.readlink(path)) if path.is_symlink() else path.name
     return where if target == path.name else f"{where}, a link to {target}"
+
+
+def below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The models below a folder. Of one in several files: the first."""
+    return (path for path in _files(folder, depth) if _is_first(path))
 
 
 def _is_first(path: Path) -> bool:
