@@ -76,7 +76,9 @@ TRAITS: dict[Code, Trait] = {
     Code.OVER_LIMIT: Trait(Fault.CALLER, 429, True, "try again after the time given, or ask for a higher limit"),
     Code.BAD_REQUEST: Trait(Fault.CALLER, 400, False, "correct the field that is named"),
     Code.TOO_LONG: Trait(Fault.CALLER, 400, False, "shorten the prompt or lower max_tokens"),
-    Code.UNKNOWN_MODEL: Trait(Fault.CALLER, 404, False, "choose one of those that are listed; to get others: `llambo help models`"),
+    Code.UNKNOWN_MODEL: Trait(
+        Fault.CALLER, 404, False, "choose one of those that are listed; to get others: `llambo help models`"
+    ),
     Code.MODEL_REQUIRED: Trait(Fault.CALLER, 400, False, "name one: `--model NAME`, or `model` in a request"),
     Code.UNKNOWN_REQUEST: Trait(Fault.CALLER, 404, False, "check the id; `llambo requests` lists the live ones"),
     Code.UNKNOWN_WORKER: Trait(Fault.CALLER, 404, False, "`llambo workers` lists the names"),

@@ -432,7 +432,10 @@ def _candidates(folder: str, aliases: Mapping[str, str]) -> Iterator[tuple[str, 
 
 def _where(path: Path, where: str) -> str:
     """With what it is a link to, if that has another name."""
-    target = os.path.basename(os.readlink(path)) if path.is_symlink() else path.name
+    try:
+        target = path.readlink().name
+    except OSError:  # it is no link
+        return where
     return where if target == path.name else f"{where}, a link to {target}"
 
 
