@@ -235,9 +235,9 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
         )
 
         # No other command changes the fleet meanwhile; a wanted number is passed to the orchestrator.
-        for words in ("apply", "down"):
-            refused = site.fleet(words).err
-            assert "`llambo fleet run` keeps this fleet as it is, pid" in refused and "end it first" in refused
+        for word in ("apply", "down"):
+            said = site.fleet(word).err
+            assert "`llambo fleet run` keeps this fleet as it is, pid" in said and "end it first" in said
         assert "passed on to the orchestrator" in site.ok("scale", "tiny=2").out
         running.line("tiny: an operator wants 2")
         site.write(RUN.replace("max = 4", "max = "))
