@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from llambo.cli.kit.common import Common, key_hint, user_name
+from llambo.cli.kit.common import Common, key_hint, port_hint, user_name
 from llambo.cli.kit.failure import MEANING, Exit, Failure
 from llambo.cli.kit.std_streams import (
     NO_ROOM,
@@ -95,10 +95,10 @@ class Command(_Help):
         try:
             return super().invoke(ctx)
         except LlamboError as error:
-            common = ctx.find_object(Common) if error.code is Code.UNAUTHORIZED else None
-            if common is not None and (hint := key_hint(common)):
-                error = LlamboError(error.code, error.text, hint=hint)
-            raise Failure.of(error, as_json=bool(ctx.params.get("as_json"))) from error
+            common, found = ctx.find_object(Common), error
+            if common is not None and (hint := _hint_here(error.code, common)):
+                found = LlamboError(error.code, error.text.removesuffix(f"; {error.hint}"), hint=hint)
+            raise Failure.of(found, as_json=bool(ctx.params.get("as_json"))) from error
         except PermissionError as error:
             if error.filename is None:
                 raise
@@ -110,6 +110,13 @@ class Command(_Help):
             # The reader has closed the pipe, as in `llambo events | head -3`.
             silence_stdout()
             ctx.exit(Exit.OK)
+
+
+def _hint_here(code: Code, common: Common) -> str:
+    """What is seen from this machine only; empty: nothing."""
+    if code is Code.UNAUTHORIZED:
+        return key_hint(common)
+    return port_hint(common) if code is Code.NO_BROKER else ""
 
 
 class Group(_Help, click.Group):
