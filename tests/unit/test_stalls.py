@@ -9,14 +9,15 @@ import os
 import select
 import struct
 import termios
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from llambo.cli.kit import answer_views
-from llambo.cli.kit.answer_views import Clock, StdoutWriter, TextView, statistics_line
+from llambo.cli.kit import answer_views, follow
+from llambo.cli.kit.answer_views import Clock, StdoutWriter, TextView, View, statistics_line
 from llambo.cli.kit.follow import cut_text, stall_text, unknown_text
 from llambo.mesh.client.answer_stream import Answer, Piece, Stream
+from llambo.mesh.client.client import Client
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import RequestStory, StoryStep
@@ -92,6 +93,32 @@ def test_why_no_token_comes(state: str, fields: dict[str, Any], text: str) -> No
 def test_a_broker_that_was_restarted_has_not_lost_the_answer() -> None:
     text = unknown_text(LlamboError(Code.UNKNOWN_REQUEST, "no request 3f2a is known here"))
     assert text == "waiting: the broker was restarted, and the request is being brought back to it"
+
+
+@pytest.mark.parametrize("waits_for", ["a worker of m, all of which are drained", ""])
+def test_in_a_pipe_it_is_said_once_what_has_to_come(monkeypatch: pytest.MonkeyPatch, waits_for: str) -> None:
+    monkeypatch.setattr(follow, "QUIET_STALL_S", 0.01)
+    said: list[str] = []
+    asked: list[str] = []
+    monkeypatch.setattr(Stream, "over", property(lambda stream: len(asked) > 2))
+    stream = Stream(b"i" * 16, lambda event: None, mine=True)
+
+    class Asked:
+        async def why(self, id: str) -> RequestStory:
+            asked.append(id)
+            return RequestStory(state="waiting", waits_for=waits_for)
+
+    class Said(View):
+        def stalled(self, reason: str, quiet_s: float) -> None:
+            said.append(reason)
+
+    async def run() -> None:
+        async with asyncio.timeout(60):
+            await follow._explain_once(cast(Client, Asked()), stream, Said(), Clock())
+
+    asyncio.run(run())
+    assert said == ([f"waiting for {waits_for}"] if waits_for else [])
+    assert len(asked) == (1 if waits_for else 3)
 
 
 @pytest.mark.parametrize(

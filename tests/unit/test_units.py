@@ -127,12 +127,12 @@ def test_install_writes_once_and_leaves_settings_alone(tmp_path: Path) -> None:
     assert "0.0.0.0:7333" in (tmp_path / "etc/systemd/system/llambo-broker.socket.d/listen.conf").read_text()
 
 
-def test_a_machine_without_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_systemd_install_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systemd, "RUNNING", tmp_path / "none")
-    (told,) = systemd.next_steps(False, Path("/"))
-    assert "systemd does not run here" in told
+    (line,) = systemd.next_steps(False, Path("/"))
+    assert "systemd does not run here" in line
     monkeypatch.setattr(systemd, "RUNNING", tmp_path)
-    assert any("daemon-reload" in line for line in systemd.next_steps(True, Path("/")))
+    assert any("daemon-reload" in each for each in systemd.next_steps(True, Path("/")))
 
 
 def test_variables_are_read_as_the_manager_does() -> None:

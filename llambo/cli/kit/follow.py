@@ -47,7 +47,7 @@ Opener = Callable[["Client"], Awaitable["Stream"]]
 END_WAIT_S = 2.0
 #: After so long without a token the reason is looked for, again and again; and how long a broker may take to answer.
 STALL_S, ASK_S, ANSWER_S = 3.0, 1.0, 2.0
-#: The same where nobody may be watching: what has to come before the request can go on is reported there, once.
+#: The same without a terminal: what has to come before the request can go on is reported there, once.
 QUIET_STALL_S = 8.0
 #: Digits of an id that are enough to find it.
 ID_SHOWN = 8
@@ -265,7 +265,7 @@ async def _reason(client: Client, id: str) -> str:
 
 
 def unknown_text(error: LlamboError) -> str:
-    """A broker that was restarted knows the request again when its worker or this client has told about it."""
+    """A restarted broker has the request again as soon as its worker, or this client, has sent it."""
     if error.code is Code.UNKNOWN_REQUEST:
         return "waiting: the broker was restarted, and the request is being brought back to it"
     return f"waiting: {error.text}"
