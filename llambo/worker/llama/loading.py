@@ -75,8 +75,8 @@ def _load(
     shares_gpu = options.gpu_layers != 0 and library.supports_gpu
     with dry_run.taking_turns(bar) if shares_gpu else nullcontext():
         layout, placement, warning = dry_run.prepare(path, file, options, library)
-        if warning and configure.first:
-            log.warning("%s", warning)
+        for text in filter(None, (warning, model_files.beyond_training(layout, file))) if configure.first else ():
+            log.warning("%s", text)
         fingerprint = model_files.fingerprint(
             file,
             layout.context,
