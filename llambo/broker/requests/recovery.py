@@ -190,12 +190,18 @@ def accepts(state: State, request: Request, held: list[bytes], now_ms: int) -> b
         return False
     state.measured.meter.count(request)
     waits = request.state is RequestState.WAITING
-    if not waits:
+    if waits:
+        state.queue.left(request)  # the lane that it waits in follows from its tokens
+        request.place.queued_ms += now_ms - request.place.queued_at
+    else:
         ending.cancel_run(state, request)
     request.transcript.restore(held)
     request.measured.counted = request.transcript.next_index
     if waits:
-        dispatching.finish_complete(state, request, now_ms)
+        state.queue.put(request, now_ms)
+        if not dispatching.finish_complete(state, request, now_ms) and not request.place.awaiting_run:
+            state.open_lane(request.lane)
+            dispatching.pump(state, request.lane, now_ms)
     else:
         dispatching.requeue(state, request, "a client got further at another broker", now_ms, what="moved")
     return True
