@@ -35,7 +35,7 @@ from llambo.broker.report.metrics_http import MetricsServer
 from llambo.broker.server import BrokerServer
 from llambo.mesh.client.request_options import Messages, chat_prompt
 from llambo.mesh.link import sockets
-from llambo.mesh.security.keyring import Folder
+from llambo.mesh.security.keyring import ISSUED, Folder
 from llambo.mesh.wire.identity import Identity, PeerKey, Role
 from llambo.testing.commands import Commands
 from llambo.testing.processes import TIMEOUT_S, Process, marked, rss_bytes, wait_until_gone
@@ -161,6 +161,25 @@ class Mesh:
         process = self._node(name, "worker", config)
         self.workers.append(process)
         return process
+
+    def spawn_host(self, name: str, models: str, *words: str, addresses: tuple[str, ...] = ()) -> Process:
+        """Start `llambo-worker --models MODELS WORDS...` with the fake engine, unless the words say otherwise.
+
+        `addresses`: of its brokers; none: this one. `first_line` returns when it is ready, with nothing loaded.
+        """
+        key = ("--key", str(self._key_file(name))) if self._keys else ()
+        process = Process(
+            "-m", "llambo.cli.services.worker", "--name", name,
+            "--broker", ",".join(addresses or (self.address,)), *key,
+            "--engine", "fake", "--models", models, "-v", *words, name=name, env={**os.environ, MARK: self.mark},
+        )  # fmt: skip
+        self.workers.append(process)
+        return process
+
+    def _key_file(self, name: str) -> Path:
+        assert self._keys is not None
+        key_of(self._keys, name, "worker")
+        return self._keys.path / ISSUED / f"{name}.key"
 
     def broker_rss_bytes(self) -> int:
         return self.process.rss_bytes() if self.process else rss_bytes(os.getpid())

@@ -15,6 +15,9 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire.identity import PeerKey
 from llambo.mesh.wire.messages import Kind
 
+#: The memory of the host, among the kinds of memory that models are loaded into.
+RAM = "ram"
+
 Style = Literal["plain", "wander"]
 LoadCrash = Literal["never", "careless", "always"]
 
@@ -33,7 +36,7 @@ class FakeFaults:
     #: The process dies while it loads: `always`, or `careless`: unless it was started with safe settings. The latter
     #: is what happens on a machine without the instructions that a fast engine uses.
     load_crash: LoadCrash = "never"
-    #: Loading fails unless this file exists; empty: no file is needed.
+    #: Loading fails unless this file exists; empty: no file is needed. `{model}` in it is the name of the model.
     load_file: str = ""
     #: A prompt that contains this text kills the process, always at the same token; empty: no prompt does.
     poison: str = ""
@@ -67,6 +70,8 @@ class FakeOptions:
     kind: Kind = "generate"
     #: How long the model takes to load.
     load_ms: int = 0
+    #: The memory that it takes when it is loaded.
+    memory_bytes: int = 0
     faults: FakeFaults = FakeFaults()
 
 
@@ -146,6 +151,24 @@ class WorkerConfig:
     def slots(self) -> int:
         """The number of sequences at a time, as configured. An engine that is ready reports its own number."""
         return self.llama.slots if self.engine == "llama" else self.fake.slots
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """A host: a process that runs workers on demand, one for each loaded model."""
+
+    brokers: tuple[str, ...] = ("tcp://127.0.0.1:7330",)
+    name: str = field(default_factory=default_name)
+    node_class: str = ""
+    key: PeerKey | None = None
+    #: What all loaded models may take together, by kind of memory: `RAM`, and the devices of llama.cpp.
+    budget: dict[str, int] = field(default_factory=dict)
+    #: A model is unloaded when nothing has used it for so long; 0: never.
+    model_ttl_ms: int = 0
+    #: A model stays so long at least, once it is ready.
+    min_loaded_ms: int = 30_000
+    #: The part of the budget that models for embeddings and reranking can have for themselves.
+    helper_percent: int = 20
 
 
 def mesh_name(model: str) -> str:

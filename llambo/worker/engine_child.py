@@ -1,4 +1,4 @@
-"""The engine child: `python -m llambo.worker.engine_child --fd N --parent PID --worker NAME`.
+"""The engine child: `python -m llambo.worker.engine_child --fd N --parent PID --worker NAME [--hosted]`.
 
 Only the agent starts it. One thread decodes, one reads the pipe. When the agent is gone the pipe closes, and the reader
 ends the process at once, also in the middle of a decode. The kernel is asked to do the same. So a killed agent leaves
@@ -28,6 +28,9 @@ from llambo.worker.engine.fake import FakeEngine
 log = logging.getLogger("llambo.engine")
 
 READ_BYTES = 64 * 1024
+#: Our end of the pipe. It is closed by the end of the process and not before: an agent that sees it closed kills what
+#: is left of the process, and would report that instead of its exit status.
+_PIPES: list[socket.socket] = []
 #: How often a thread of llama.cpp checks whether the others have arrived before it sleeps. The default of libgomp is
 #: 300 times that. On idle cores an engine is as fast either way (166 tokens/s for 8 streams on two cores, 206 for 16).
 #: With the default, when another process uses a core, each step waits for the scheduler (27 tokens/s instead of 79 for
@@ -53,8 +56,8 @@ class Engine(Protocol):
 
 def make_engine(configure: proto.Configure, send: Callable[[proto.EngineMessage], None]) -> Engine:
     if configure.engine == "fake":
-        load_fake(configure, send)
-        return FakeEngine(configure.fake, configure.model)
+        memory = load_fake(configure, send)
+        return FakeEngine(configure.fake, configure.model_name, memory)
     if configure.engine == "llama":
         # libgomp reads it when it is loaded, so it has to be set before.
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
@@ -64,23 +67,34 @@ def make_engine(configure: proto.Configure, send: Callable[[proto.EngineMessage]
     raise SystemExit(f"there is no engine {configure.engine!r}; there are fake and llama")
 
 
-def load_fake(configure: proto.Configure, send: Callable[[proto.Progress], None]) -> None:
-    """Take as long as a real model would, with the same progress reports."""
-    options, faults = configure.fake, configure.fake.faults
+def load_fake(configure: proto.Configure, send: Callable[[proto.Progress], None]) -> bytes:
+    """Take as long as a real model would, with the same progress reports. Returns the memory that it takes."""
+    options, faults, name = configure.fake, configure.fake.faults, configure.model_name
     for percent in range(0, 100, FAKE_LOAD_PERCENT) if options.load_ms else ():
-        send(proto.Progress(f"loading {configure.model}: {percent} %", percent=percent))
+        send(proto.Progress(f"loading {name}: {percent} %", percent=percent))
         time.sleep(options.load_ms * FAKE_LOAD_PERCENT / 100 / 1000)
-    if faults.load_file and not Path(faults.load_file).exists():
-        send(proto.Progress(problem=f"there is no file {faults.load_file}"))
+    needed = faults.load_file.replace("{model}", name)
+    if needed and not Path(needed).exists():
+        send(proto.Progress(problem=f"there is no file {needed}"))
+        sys.exit(proto.CANNOT_LOAD)
+    try:
+        memory = b"\1" * options.memory_bytes
+    except MemoryError:
+        text = f"there is no memory of {options.memory_bytes} bytes"
+        send(proto.Progress(problem=text, out_of_memory=True))
         sys.exit(proto.CANNOT_LOAD)
     if faults.load_crash == "always" or (faults.load_crash == "careless" and not configure.safe):
         inject_fault("crash")
+    return memory
 
 
-def start_log(worker: str) -> None:
-    """Lines on stderr, or entries of the journal if stderr leads there. `worker`: the worker of this engine."""
+def start_log(worker: str, *, hosted: bool) -> None:
+    """Lines on stderr, or entries of the journal if stderr leads there. `worker`: the worker of this engine.
+
+    `hosted`: there are engines of other workers beside it.
+    """
     handler: logging.Handler = logging.StreamHandler()
-    prefix = "llambo engine"
+    prefix = f"llambo engine of {worker}" if hosted else "llambo engine"
     if journal.is_journal(os.environ, sys.stderr.fileno()):
         handler = journal.JournalHandler("llambo-worker", sys.stderr, {"worker": worker})
         prefix = "engine"
@@ -179,15 +193,16 @@ def prefer_to_be_killed() -> None:
 def main(arguments: list[str]) -> None:
     fd, parent = int(arguments[arguments.index("--fd") + 1]), int(arguments[arguments.index("--parent") + 1])
     end_with_parent(parent)
-    start_log(arguments[arguments.index("--worker") + 1] if "--worker" in arguments else "")
+    worker = arguments[arguments.index("--worker") + 1] if "--worker" in arguments else ""
+    start_log(worker, hosted="--hosted" in arguments)
     # Ctrl-C and SIGTERM reach the whole process group; the agent decides how long to go on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # A core file would contain prompts.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     prefer_to_be_killed()
-    with socket.socket(fileno=fd) as pipe:
-        Child(pipe).run()
+    _PIPES.append(socket.socket(fileno=fd))
+    Child(_PIPES[0]).run()
 
 
 if __name__ == "__main__":

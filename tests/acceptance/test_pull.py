@@ -20,7 +20,8 @@ from llambo.testing.commands import LLAMBO, Done, environment
 from llambo.testing.processes import TIMEOUT_S
 from llambo.testing.terminal import CTRL_C, Terminal
 from llambo.worker.llama import binding
-from tests.integration.hub import Hub, serving
+from llambo.worker.models import model_files
+from tests.integration.hub import Hub, serving, sha256
 
 REPO, FILE, TOKEN = "org/tiny-GGUF", "tiny-Q4_K_M.gguf", "hf_secret"
 LARGE = "large-Q8_0.gguf"
@@ -56,6 +57,10 @@ def test_a_script_pulls_lists_and_removes(env: dict[str, str], hub: Hub) -> None
 
     found = llambo(env, "pull", "--json", "small")
     assert (found.code, found.json()["model"]) == (Exit.OK, "small"), found.story
+    cache = Path(env["HOME"], ".cache/llambo/digests.json")
+    before = cache.read_bytes()
+    assert model_files.digest(found.json()["path"], cache) == sha256(hub.repos[REPO][FILE])
+    assert cache.read_bytes() == before, "a worker need not read it again"
     again = llambo(env, "pull", f"hf:{REPO}:Q8_0")
     assert (again.code, again.err) == (Exit.OK, ""), again.story
     listed = {each["model"] for each in llambo(env, "models", "--json", "--connect-ms", "50").json()["host"]}

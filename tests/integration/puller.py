@@ -28,6 +28,9 @@ class Watcher:
     def moved(self, count: int) -> None:
         say(moved=count)
 
+    def verified(self, path: Path, sha256: str) -> None:
+        say(verified=sha256)
+
 
 def say(**fields: Any) -> None:
     os.write(1, json.dumps(fields).encode() + b"\n")

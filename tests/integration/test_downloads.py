@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -37,6 +38,9 @@ class Watcher:
 
     def moved(self, count: int) -> None:
         self.done += count
+
+    def verified(self, path: Path, sha256: str) -> None:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
 def big(size: int) -> bytes:

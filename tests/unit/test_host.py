@@ -53,6 +53,12 @@ def test_free_memory_is_what_the_narrowest_group_above_us_leaves(root: Path) -> 
     assert host.free_memory_bytes(root) == 0
 
 
+def test_files_that_were_read_do_not_count_as_used(root: Path) -> None:
+    """A worker that has read its model once can load it again."""
+    limit(root, "llambo.slice/worker", max="1000", current="950", stat="anon 200\ninactive_file 700\nactive_file 50")
+    assert host.free_memory_bytes(root) == 750
+
+
 PREPARED = """
 import json, resource
 from llambo.cli.services.service import disable_core_dumps, raise_descriptor_limit

@@ -756,6 +756,24 @@ def test_the_rate_is_that_of_the_last_second() -> None:
     assert rig.sent(m.WorkerHeartbeat)[-1].rate == pytest.approx(100, rel=0.2)
 
 
+def test_a_worker_that_is_to_stop_unless_busy_goes_on_if_it_is() -> None:
+    rig = running(1).on(e.StopRequested(unless_busy=True))
+    assert rig.core.drain.refusals == 1 and rig.core.state == "ready"
+    rig = joined().on(e.StopRequested(unless_busy=True))
+    assert rig.core.drain.refusals == 0 and len(rig.take(e.Exit)) == 1
+
+
+@pytest.mark.parametrize("how", ["said", "killed", "neither", "another reason"])
+def test_a_load_that_fails_for_want_of_memory_is_recognised(how: str) -> None:
+    rig = Rig().on(e.Ticked())
+    if how == "killed":
+        rig.on(e.EngineDied("SIGKILL", outside=True)).on(e.EngineDied("SIGKILL", outside=True))
+    else:
+        rig.on(proto.Progress("", "it cannot be loaded", out_of_memory=how == "said"))
+        rig.on(e.EngineDied("it ended", outside=how == "another reason"))
+    assert len(rig.take(e.Exit)) == 1 and rig.core.engine.out_of_memory is (how in ("said", "killed"))
+
+
 def test_an_engine_that_dies_while_it_loads_is_started_again_at_once_with_safe_settings() -> None:
     rig = Rig().on(e.Ticked())
     assert rig.take(e.SpawnEngine) == [e.SpawnEngine()]

@@ -168,12 +168,15 @@ def try_amx(command: Sequence[str] = (sys.executable, "-m", amx_child.__name__))
 def look_at_models(place: Place) -> ModelFacts:
     from llambo.worker.models import model_files
 
-    wanted, missing, remedy = place.settings.text("model"), "", ""
-    if wanted and place.settings.text("engine") != "fake":
+    missing = remedy = ""
+    named = [place.settings.text("model"), *place.settings.text("models").split(",")]
+    for wanted in map(str.strip, named) if place.settings.text("engine") != "fake" else ():
         try:
-            model_files.resolve(wanted, place.settings.aliases)
+            if wanted and not Path(wanted).expanduser().is_dir():
+                model_files.resolve(wanted, place.settings.aliases)
         except model_files.NoSuchModel as error:
-            missing, remedy = str(error), error.hint
+            if not missing:
+                missing, remedy = str(error), error.hint
     found = model_files.on_this_host(place.settings.text("models_dir"), aliases=place.settings.aliases)
     files = tuple(ModelFile(each.model, each.size_bytes, each.problem) for each in found)
     return ModelFacts(missing, remedy, files)

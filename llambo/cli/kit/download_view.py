@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from llambo.worker.store.refs import Ref, StoreError
 
 
-class Lines:
+class _View:
+    @staticmethod
+    def verified(path: Path, sha256: str) -> None:
+        """A worker has to know the checksum of its model: it need not read all of it again."""
+        from llambo.worker.models import model_files
+
+        model_files.remember_digest(str(path), sha256)
+
+
+class Lines(_View):
     """A line for each tenth that is here."""
 
     def __init__(self, total: int = 0) -> None:
@@ -38,7 +47,7 @@ class Lines:
             self.note(f"{tenth * 10:3} %, {size(self._done)} of {size(self._total)}")
 
 
-class Bar:
+class Bar(_View):
     def __init__(self, name: str, total: int) -> None:
         from rich import progress
         from rich.console import Console

@@ -31,7 +31,7 @@ from llambo.cli.kit.flags import config_option, fake_options, settings_options, 
 from llambo.cli.kit.follow import end_signals
 from llambo.cli.kit.std_streams import print_notice
 from llambo.cli.services.service import WORKERS, folder_of, worker_key
-from llambo.cli.services.worker import engine_and_model, worker_config
+from llambo.cli.services.worker import engine_and_model, hosted_names, worker_config
 from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, local_endpoint
 from llambo.mesh.security.keyring import ISSUED
 from llambo.mesh.service.extras import extra_command
@@ -45,6 +45,7 @@ EXAMPLES = """
 llambo up                                with SmolLM2, if it is installed
 llambo up --model ~/models/x.gguf
 llambo up --model hf:ORG/REPO            on a terminal: downloads it first
+llambo up --models ~/models              loads each when it is asked for
 llambo up --workers 3 --engine fake      without a model: words are made up
 llambo up --port 0                       on any free ports
 llambo up --bind 0.0.0.0 --keys keys     for other machines too: `llambo keys`
@@ -52,7 +53,18 @@ llambo up --bind 0.0.0.0 --keys keys     for other machines too: `llambo keys`
 
 BROKER_SETTINGS = ("policy", "bind", "port", "keys", "metrics")
 FAKE = "the engine is the fake one: no model runs, and its words are made up"
-WORKER_SETTINGS = ("model", "engine", "node_class", "slots", "ctx", "threads", "gpu_layers")
+WORKER_SETTINGS = (
+    "model",
+    "models",
+    "memory_bytes",
+    "model_ttl_ms",
+    "engine",
+    "node_class",
+    "slots",
+    "ctx",
+    "threads",
+    "gpu_layers",
+)
 #: The pause before a restart: the first one, and the longest. After a child has lived for the longest, the row of
 #: failures starts over.
 PAUSE_MS = (500, 8_000)
@@ -90,6 +102,8 @@ def up(common: Common, named: str | None, workers: int, no_http: bool) -> None:
     """
     if named is not None and common.flags.setdefault("model", named) != named:
         raise click.UsageError(f"two models are named, {named} and {common.flags['model']}; `llambo up` serves one")
+    if workers > 1 and hosted_names(common.settings):
+        raise click.UsageError(f"--workers {workers} and --models: one process loads all of these models")
     if common.settings.text("engine") != "fake" and sys.stderr.isatty():
         download_missing(common.settings)
     # A wrong setting is reported here once, and not by each child.
@@ -114,6 +128,8 @@ class MeshCommands:
     fake: bool = False
     #: The folder of keys; None: clients need none.
     keys: Path | None = None
+    #: The worker loads models when they are asked for.
+    on_demand: bool = False
     kind: Kind = "generate"
 
 
@@ -146,6 +162,7 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
         gateway_note=note,
         fake=engine == "fake",
         keys=folder.path.absolute() if folder is not None else None,
+        on_demand=bool(hosted_names(settings)),
         kind=_kind_of(settings, engine, model),
     )  # fmt: skip
 
@@ -392,14 +409,18 @@ class LocalMesh:
 def show_first_commands(address: str, made: MeshCommands, url: str) -> None:
     workers = len(made.workers)
     flag = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
-    report(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
+    if made.on_demand:
+        report("models are loaded when they are asked for; in another terminal try:")
+    else:
+        report(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
     token = ""
     if made.keys is not None:
         # The address in the key is for other machines; this one may not be able to resolve it.
         print_notice(f"    export LLAMBO_KEY={made.keys / ISSUED / 'admin.key'} LLAMBO_BROKER={address}", err=False)
         flag, token = "", f' -H "Authorization: Bearer $(llambo keys token admin --keys {made.keys})"'
     first, path, body = FIRST[made.kind]
-    for words in (first, "status", "workers"):
+    asking = ("models", 'send --model NAME "What is AI?"') if made.on_demand else (first,)
+    for words in (*asking, "status", "workers"):
         print_notice(f"    llambo{flag} {words}", err=False)
     if url:
         print_notice(f"    curl {url}{path}{token} -d '{body}'", err=False)

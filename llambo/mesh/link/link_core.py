@@ -5,6 +5,7 @@ planes, and their echoes show which of them works.
 
     worker   publishes beat n on the token plane; the broker echoes the last one it received, on control
     client   receives beat n on control and on the token plane, and echoes the latter on control
+    host     has no token plane
 
 The first beat that passed the token plane makes the link UP. When three are missing it is MENDING: the token socket is
 replaced, and until that helps all tokens are sent by replay over control. With a silent control plane or an unknown
@@ -96,7 +97,7 @@ LINK_STEPS: dict[LinkState, dict[LinkState, str]] = {
         LinkState.CLOSED: "left",
     },
     LinkState.JOINING: {
-        LinkState.UP: "first token-plane proof",
+        LinkState.UP: "first token-plane proof, or without a token plane",
         LinkState.MENDING: "no proof in time",
         LinkState.DOWN: "lease out or unknown session",
         LinkState.CLOSED: "left",
@@ -227,6 +228,8 @@ class Attempts:
 class Beats:
     """Beats of one session, on both planes."""
 
+    #: False: there is no token plane.
+    on_tokens: bool = True
     #: In a worker the last number it published, in a client the last one it received.
     number: int = 0
     #: Only a later beat proves that the token socket works: earlier ones passed the previous socket.
@@ -254,9 +257,18 @@ class LinkCore:
     """One link. Its owner passes arrivals to it and calls `tick`; actions are passed to `emit`."""
 
     def __init__(
-        self, link: int, hello: Callable[[], m.Message], emit: Callable[[LinkAction], None], *, redundant: bool = False
+        self,
+        link: int,
+        hello: Callable[[], m.Message],
+        emit: Callable[[LinkAction], None],
+        *,
+        redundant: bool = False,
+        streams: bool = True,
     ) -> None:
-        """`redundant`: notice the loss of the broker at once, because the owner can use other brokers."""
+        """`redundant`: notice the loss of the broker at once, because the owner can use other brokers.
+
+        `streams`: it has a token plane. Without one the link is UP with the welcome.
+        """
         self.link = link
         self.state = LinkState.DOWN
         self.session = NO_SESSION
@@ -264,7 +276,7 @@ class LinkCore:
         self.sessions = 0
         self.terms = SessionTerms()
         self.attempts = Attempts()
-        self.beats = Beats()
+        self.beats = Beats(streams)
         #: When the last control message of this session arrived.
         self.heard_ms = 0
         #: Why the link is down, or was down last: for programs, and as text.
@@ -327,7 +339,10 @@ class LinkCore:
         self.attempts.succeed()
         self._lost_at = NEVER_MS
         self.beats.begin(now_ms)
-        self._open_tokens()
+        if self.beats.on_tokens:
+            self._open_tokens()
+        else:
+            self._step(LinkState.UP, now_ms)
         return True
 
     def on_control(self, session: bytes, now_ms: int) -> bool:

@@ -36,6 +36,9 @@ def free_memory_bytes(root: Path = _ROOT) -> int:
     free = min(_meminfo_bytes(root, "MemAvailable"), UNLIMITED_BYTES)
     for group in _control_groups(root):
         used = _number(group / "memory.current")
+        if used is not None:
+            # Files that were read, such as models, count as used, and the kernel drops them when memory is needed.
+            used -= min(used, _inactive_file(group))
         for name in ("memory.max", "memory.high"):
             limit = _number(group / name)
             if limit is not None and used is not None:
@@ -190,6 +193,15 @@ def _control_groups(root: Path) -> Iterator[Path]:
     group = top / own
     yield group
     yield from (parent for parent in group.parents if parent.is_relative_to(top))
+
+
+def _inactive_file(group: Path) -> int:
+    """Bytes of files in memory that nothing has used for a while."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return 0
 
 
 def _number(path: Path) -> int | None:

@@ -249,6 +249,15 @@ _WORKER = (
     row("worker.engine", Kind.TEXT, "auto", "llama; or fake, which has no model and makes words up; auto: llama",
         choices=("auto", "llama", "fake")),
     row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; empty: smollm2"),
+    row("worker.models", Kind.TEXT, "", "folders, files and names of models, separated by commas: each is loaded when "
+        "it is asked for"),
+    row("worker.memory_bytes", Kind.BYTES, 0, "memory for all models that are loaded at a time; 0: what is free at the "
+        "start, but for a margin"),
+    row("worker.model_ttl_ms", Kind.MS, 0, "a model that nothing has used for so long is unloaded; 0: never",
+        high=_LONGEST_MS),
+    row("worker.min_loaded_ms", Kind.MS, 30_000, "a model stays loaded for so long at least", high=_LONGEST_MS),
+    row("worker.helper_percent", Kind.NUMBER, 20, "percent of the memory that models for embeddings and reranking can "
+        "have without being unloaded for others", high=100),
     row("worker.ctx", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: the model's, at most 4096, "
         "halved until it fits the memory",
         high=16 * MIB),
@@ -293,10 +302,11 @@ _FAKE = (
     row("fake.slow_at", Kind.NUMBER, 0, "slow down after so many tokens; 0: never"),
     row("fake.slow_factor", Kind.REAL, 10.0, "how many times slower than before", low=1),
     row("fake.load_ms", Kind.MS, 0, "how long loading takes", high=_LONGEST_MS),
+    row("fake.memory_bytes", Kind.BYTES, 0, "memory that it takes when it is loaded"),
     row("fake.load_crash", Kind.TEXT, "never",
         "crash while loading: never, always, or careless: unless safe settings are used",
         choices=("never", "careless", "always")),
-    row("fake.load_file", Kind.TEXT, "", "load only if this file exists"),
+    row("fake.load_file", Kind.TEXT, "", "load only if this file exists; {model} in it is the name of the model"),
     row("fake.poison", Kind.TEXT, "", "a prompt that contains this text crashes the engine that runs it"),
 )  # fmt: skip
 

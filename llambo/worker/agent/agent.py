@@ -21,7 +21,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import assert_never
 
@@ -60,6 +62,8 @@ SECRETS = (KEY_ENV, CREDENTIALS_ENV)
 #: The longest sleep: zmq takes milliseconds as an int.
 POLL_MS = 60_000
 POLL_BOTH = int(zmq.POLLIN | zmq.POLLOUT)
+#: Written to the waker: stop unless busy. All other bytes, which are numbers of signals, mean stop.
+UNLESS_BUSY = 255
 #: The first byte of an XPUB frame that is a subscription.
 SUBSCRIBE = b"\x01"
 
@@ -68,13 +72,25 @@ class EngineProcess:
     """One engine child, from its start until it is reaped."""
 
     def __init__(self, configure: proto.Configure, worker: str = "") -> None:
-        """`worker`: the name of the worker, for the log of the engine."""
+        """`worker`: the name of the worker, for the log of the engine.
+
+        The kernel kills the engine when the thread that has started it ends.
+        """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         command = [sys.executable, "-m", MODULE]
         with theirs:
             self._process = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno()), "--parent", str(os.getpid()), "--worker", worker],
+                [
+                    *command,
+                    "--fd",
+                    str(theirs.fileno()),
+                    "--parent",
+                    str(os.getpid()),
+                    "--worker",
+                    worker,
+                    *(["--hosted"] if configure.hosted else []),
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # A hostile model that takes over the engine must not find our key in its environment.
@@ -134,12 +150,53 @@ class EngineProcess:
         return f"the engine was ended by {signal.Signals(-code).name}", -code in SIGNALS_FROM_OUTSIDE
 
 
+class Waker:
+    """Bytes for a loop that polls, from signal handlers and other threads. After `close` they are dropped."""
+
+    def __init__(self) -> None:
+        self._reading, self._writing = socket.socketpair()
+        self._reading.setblocking(False)
+        self._writing.setblocking(False)
+        #: Of threads that write, so that the descriptor is not closed and taken by another file meanwhile.
+        self._lock = threading.Lock()
+
+    def fileno(self) -> int:
+        """To poll."""
+        return self._reading.fileno()
+
+    @property
+    def writing_fd(self) -> int:
+        return self._writing.fileno()
+
+    def send(self, byte: int) -> None:
+        # If it is full, the loop is awake.
+        with self._lock, suppress(BlockingIOError):
+            if self._writing.fileno() >= 0:
+                self._writing.send(bytes([byte]))
+
+    def receive(self) -> bytes:
+        try:
+            return self._reading.recv(4096)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        with self._lock:
+            self._reading.close()
+            self._writing.close()
+
+
 class Agent:
-    """One worker. `run` returns when it has left the mesh; `stop` may be called from any thread."""
+    """One worker. `run` returns when it has left the mesh. `stop` and `unload` may be called from any thread."""
 
     def __init__(
-        self, config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, notifier: Notifier | None = None
+        self,
+        config: WorkerConfig,
+        on_ready: Callable[[], None] = lambda: None,
+        notifier: Notifier | None = None,
+        watch: Callable[[WorkerCore], None] | None = None,
     ) -> None:
+        """`watch` is called after each turn of the loop, in the thread of the loop."""
         identity = ProcessIdentity(
             secrets.token_bytes(8), socket.gethostname(), os.getpid(), f"llambo {llambo.__version__}"
         )
@@ -149,6 +206,9 @@ class Agent:
         self._config = config
         self._on_ready = on_ready
         self._notifier = notifier or Notifier()
+        self._watch = watch
+        #: Of log lines, if there are other workers in this process.
+        self._log_name = config.name if watch is not None else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links = {
             number: Link(
@@ -162,9 +222,7 @@ class Agent:
             )
             for number, address in enumerate(config.brokers)
         }
-        self._wake, self._waker = socket.socketpair()
-        self._wake.setblocking(False)
-        self._waker.setblocking(False)
+        self._waker = Waker()
         self._poller = zmq.Poller()
         self._exit = ""
         #: The exit status of the process.
@@ -173,7 +231,7 @@ class Agent:
     @property
     def waker_fd(self) -> int:
         """Each byte written here is a request to stop: the first after all runs have ended, the second at once."""
-        return self._waker.fileno()
+        return self._waker.writing_fd
 
     @property
     def ended(self) -> str:
@@ -181,7 +239,11 @@ class Agent:
         return self._exit
 
     def stop(self) -> None:
-        self._waker.send(b"\0")
+        self._waker.send(0)
+
+    def unload(self) -> None:
+        """Stop, unless it has runs: `DrainState.refusals` then rises."""
+        self._waker.send(UNLESS_BUSY)
 
     def run(self) -> None:
         try:
@@ -189,7 +251,7 @@ class Agent:
             while not self._exit:
                 self._turn()
             if not self.status:
-                log.info("%s", self._exit)
+                log.info("%s", self._exit, extra={"worker": self._log_name})
             self._tell_manager(self._exit if self.status else "")
         finally:
             self._close()
@@ -198,9 +260,9 @@ class Agent:
         self._flush()
         due_ms = min(self.core.next_wakeup_ms(), self._notifier.next_wakeup_ms())
         ready = dict(self._watched().poll(min(max(due_ms - clock.now_ms(), 0), POLL_MS)))
-        if self._wake.fileno() in ready:
-            for _ in self._wake.recv(64):
-                self._handle(e.StopRequested())
+        if self._waker.fileno() in ready:
+            for byte in self._waker.receive():
+                self._handle(e.StopRequested(unless_busy=byte == UNLESS_BUSY))
             self._notifier.update_soon()
         for number, link in self._links.items():
             if link.lookup is not None and link.lookup.done:
@@ -218,6 +280,8 @@ class Agent:
             self._handle(e.Ticked())
         if clock.now_ms() >= self._notifier.next_wakeup_ms():
             self._tell_manager()
+        if self._watch is not None:
+            self._watch(self.core)
 
     def _tell_manager(self, why: str = "") -> None:
         now = clock.now_ms()
@@ -226,7 +290,7 @@ class Agent:
 
     def _watched(self) -> zmq.Poller:
         """The poller is made again only if the sockets have changed, which is rare between two tokens."""
-        polled: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._wake.fileno(), zmq.POLLIN)]
+        polled: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._waker.fileno(), zmq.POLLIN)]
         for link in self._links.values():
             if link.control is not None:
                 polled.append((link.control, POLL_BOTH if link.wants_to_write else zmq.POLLIN))
@@ -254,7 +318,7 @@ class Agent:
     def _receive_control(self, number: int, link: Link) -> None:
         for bundle in link.receive_control():
             for problem in bundle.problems:
-                log.warning("from the broker: %s", problem.error.text)
+                log.warning("from the broker: %s", problem.error.text, extra={"worker": self._log_name})
             if bundle.messages:
                 self._handle(e.ControlArrived(number, bundle.session, bundle.messages))
 
@@ -266,8 +330,8 @@ class Agent:
             log.warning("%s", error)
             messages, garbled = None, True
         if messages is None:
-            self.engine = None
             text, outside = engine.reap()
+            self.engine = None
             self._handle(e.EngineDied(text, outside and not garbled))
             return
         for message in messages:
@@ -292,7 +356,7 @@ class Agent:
                 config = self._config
                 configure = proto.Configure(
                     config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe, first=self._first,
-                    served_as=config.served_as,
+                    served_as=config.served_as, hosted=self._log_name is not None,
                 )  # fmt: skip
                 self._first = False
                 self.engine = EngineProcess(configure, config.name)
@@ -304,7 +368,8 @@ class Agent:
                 self._on_ready()
             case e.Log(text, warning, request):
                 level = logging.WARNING if warning else logging.INFO
-                log.log(level, "%s", text, extra={"request": request.hex()} if request else None)
+                about = {"request": request.hex() if request else "", "worker": self._log_name}
+                log.log(level, "%s", text, extra=about)
             case e.Exit(text, status):
                 self._exit, self.status = text, status
             case _:
@@ -315,14 +380,15 @@ class Agent:
             self.engine.order(message)
 
     def _close(self) -> None:
-        if self.engine is not None:
-            self.engine.reap()
-            self.engine = None
-        for link in self._links.values():
-            link.close()
-        self._context.term()
-        self._wake.close()
-        self._waker.close()
+        try:
+            if self.engine is not None:
+                self.engine.reap()
+                self.engine = None
+        finally:
+            for link in self._links.values():
+                link.close()
+            self._context.term()
+            self._waker.close()
 
 
 def run_worker(

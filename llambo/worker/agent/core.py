@@ -17,6 +17,7 @@ Events come in through `handle`, which returns actions. There is no clock, socke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import assert_never
@@ -72,7 +73,7 @@ class WorkerCore:
         self.rate = TokenRate()
         self.delivery = Delivery(self.links, self.rate, self._out)
         self.orphans = Orphans(self.links, self.delivery, self._out, config.orphan_ms)
-        self._link_log = _LinkLog(config.brokers, self._out)
+        self._link_log = LinkLog(config.brokers, self._out.append)
         self._sessions = {number: _Session() for number in self.links}
         self._active = 0
         self.ready_notified = False
@@ -105,12 +106,15 @@ class WorkerCore:
             case Refused(key, error, final):
                 self._on_engine_refused(key, error, final)
             case e.EngineDied(text, outside):
-                fatal = self.engine.on_died(text, now_ms)
+                fatal = self.engine.on_died(text, now_ms, outside=outside)
                 self._lose_runs(text, outside=outside)
                 if fatal:
                     self._leave(f"cannot serve {self._config.model}: {fatal}", now_ms, status=1)
-            case e.StopRequested(urgent):
-                self._announce_change(self.drain.stop(urgent, now_ms))
+            case e.StopRequested(urgent, unless_busy):
+                if unless_busy and self.runs.active:
+                    self.drain.refusals += 1
+                else:
+                    self._announce_change(self.drain.stop(urgent, now_ms))
             case e.Ticked():
                 pass
             case _:
@@ -363,15 +367,15 @@ class WorkerCore:
         return self._announcement.hello(number, self.links[number].attempts.greetings, self.state)
 
 
-class _LinkLog:
+class LinkLog:
     """Log lines about links: one for each change of state, and one for each new reason why there is no broker.
 
     A reason that lasts until a person acts is repeated: the first line is soon hidden by those of the engine.
     """
 
-    def __init__(self, brokers: tuple[str, ...], out: list[Action]) -> None:
+    def __init__(self, brokers: tuple[str, ...], emit: Callable[[Log], None]) -> None:
         self._brokers = brokers
-        self._out = out
+        self._emit = emit
         self._states: dict[int, LinkState] = {}
         #: The reason why a link is down, its line, and when it was logged.
         self._problems: dict[int, tuple[str, str, int]] = {}
@@ -397,13 +401,13 @@ class _LinkLog:
                 self._warn(number)
         elif link.state is LinkState.MENDING:
             self._warned.add(number)
-            self._out.append(Log(f"link {number}: the token plane is down, rebuilding it", warning=True))
+            self._emit(Log(f"link {number}: the token plane is down, rebuilding it", warning=True))
         elif link.up:
             self._problems.pop(number, None)
-            self._out.append(Log(f"link {number}: up, broker {link.terms.broker or 'without a name'}"))
+            self._emit(Log(f"link {number}: up, broker {link.terms.broker or 'without a name'}"))
             if number in self._warned:
                 again = "connected again to" if number in self._were_up else "connected to"
-                self._out.append(Log(f"{again} {self._brokers[number]}", warning=True))
+                self._emit(Log(f"{again} {self._brokers[number]}", warning=True))
             self._were_up.add(number)
             self._warned.discard(number)
 
@@ -413,7 +417,7 @@ class _LinkLog:
 
     def _warn(self, number: int, intro: str = "") -> None:
         self._warned.add(number)
-        self._out.append(Log(f"{intro}{self._problems[number][1]}", warning=True))
+        self._emit(Log(f"{intro}{self._problems[number][1]}", warning=True))
 
 
 def check_invariants(core: WorkerCore) -> None:

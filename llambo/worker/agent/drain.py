@@ -18,6 +18,8 @@ class DrainState:
         self.moving = False
         #: When the process ends at the latest.
         self.stop_at_ms = NEVER_MS
+        #: How often the process was asked to stop unless it is busy, and was busy.
+        self.refusals = 0
         self._drain_ms = drain_ms
 
     @property

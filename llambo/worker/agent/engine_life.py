@@ -58,8 +58,8 @@ class EngineLife:
         self._config = config
         self._out = out
         self._spawns = 0
-        #: Why the engine cannot load, as it has reported.
-        self._problem = ""
+        #: What the engine has reported about its loading, last.
+        self._said = Progress()
         self._stalled = False
         #: An engine died while it was loading: all later ones are started with safe settings.
         self._safe = False
@@ -72,6 +72,12 @@ class EngineLife:
     @property
     def is_ready(self) -> bool:
         return self.state is EngineState.READY
+
+    @property
+    def out_of_memory(self) -> bool:
+        """The last engine ended while it was loading, and had too little memory, as far as is known: it has said so, or
+        it was killed from outside without a word, as the kernel does then."""
+        return self._said.out_of_memory
 
     def is_responsive(self, now_ms: int, busy: bool) -> bool:
         """False: it is stalled, or it was killed and is not gone yet."""
@@ -91,7 +97,7 @@ class EngineLife:
     def on_progress(self, progress: Progress, now_ms: int) -> None:
         self.last_alive_ms = now_ms
         if self.state is EngineState.LOADING:
-            self.note, self._problem = progress.note, progress.problem
+            self.note, self._said = progress.note, progress
             self.percent = min(progress.percent, 100) if progress.percent >= 0 else self.percent
 
     def on_ready(self, ready: Ready, now_ms: int) -> bool:
@@ -103,7 +109,7 @@ class EngineLife:
         self.last_alive_ms = self._ready_ms = now_ms
         return True
 
-    def on_died(self, text: str, now_ms: int) -> str:
+    def on_died(self, text: str, now_ms: int, *, outside: bool = False) -> str:
         """Why starting another engine is useless; mostly empty: a new one is started."""
         if self.state is EngineState.DOWN:
             return ""
@@ -111,8 +117,10 @@ class EngineLife:
             self._backoff = min(BACKOFF_MS, self._config.backoff_ms)
         stalled = self.state is EngineState.DYING and self._stalled
         loading = self.state is EngineState.LOADING
+        if loading and outside and not self._said.problem:
+            self._said = Progress(out_of_memory=True)
         self._step(EngineState.DOWN)
-        if loading and not self._problem and not self._safe:
+        if loading and not self._said.problem and not self._safe:
             # It reported no reason: it may have used an instruction that this machine does not have.
             self._safe = True
             self._spawn_at = now_ms
@@ -122,10 +130,10 @@ class EngineLife:
         if self.ready is None:
             # It was never ready, and neither time nor safe settings change the model file.
             where = " while loading, with safe settings too" if loading else ""
-            return self._problem or (self.note if stalled else f"{text}{where}")
+            return self._said.problem or (self.note if stalled else f"{text}{where}")
         self._spawn_at = now_ms + self._backoff
         where = " while loading" if loading else ""
-        self.note = f"{self._problem or text + where}; a new engine in {self._backoff} ms"
+        self.note = f"{self._said.problem or text + where}; a new engine in {self._backoff} ms"
         self._out.append(Log(f"engine: {self.note}", warning=True))
         self._backoff = min(self._backoff * 2, self._config.backoff_ms)
         return ""
@@ -143,7 +151,7 @@ class EngineLife:
             self._step(EngineState.LOADING)
             self.last_alive_ms = now_ms
             self.restarts, self._spawns = self._spawns, self._spawns + 1
-            self._problem, self._stalled, self.percent = "", False, 0
+            self._said, self._stalled, self.percent = Progress(), False, 0
             settings = ", with safe settings" if self._safe else ""
             self._out.append(Log(f"engine: starting{settings}"))
             self._out.append(SpawnEngine(self._safe))

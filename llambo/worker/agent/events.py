@@ -49,9 +49,13 @@ class EngineDied(msgspec.Struct, frozen=True):
 
 
 class StopRequested(msgspec.Struct, frozen=True):
-    """An operator or supervisor has asked this worker to end: after its runs have ended, or (`urgent`) at once."""
+    """An operator or supervisor has asked this worker to end: after its runs have ended, or (`urgent`) at once.
+
+    `unless_busy`: the host has; a worker that has runs goes on, and counts that it did (`DrainState.refusals`).
+    """
 
     urgent: bool = False
+    unless_busy: bool = False
 
 
 EngineMessage = Progress | Ready | Step | Refused

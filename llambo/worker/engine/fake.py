@@ -56,13 +56,15 @@ class _Sequence:
 class FakeEngine:
     """Times are whole milliseconds of any clock."""
 
-    def __init__(self, options: FakeOptions, model: str = "fake") -> None:
+    def __init__(self, options: FakeOptions, model: str = "fake", memory: bytes = b"") -> None:
+        """`memory`: what a model of its size takes, for tests."""
         self.fault: Fault | None = None
         #: The key of the poisonous sequence that has killed it.
         self.poisoned = b""
         self.tokens = 0
         self._options = options
         self._model = model
+        self._memory = memory
         self._wander = options.style == "wander"
         self._sequences: dict[bytes, _Sequence] = {}
         self._alive_at = 0

@@ -21,7 +21,7 @@ from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import Dispatch, Logprobs, ModelInfo, Reason, Sampling, Task, Usage
 from llambo.mesh.wire.tasks import TaskOptions
 from llambo.mesh.wire.tokens import UNDECODABLE, Logprob
-from llambo.worker.config import FakeOptions, LlamaOptions
+from llambo.worker.config import FakeOptions, LlamaOptions, mesh_name
 
 #: One message: the longest prompt and the longest prefix fit.
 FRAME_BYTES = 16 * 1024 * 1024
@@ -56,6 +56,12 @@ class Configure(EngineMessage, frozen=True):
     first: bool = True
     #: The name of the model in the mesh; empty: that of its file.
     served_as: str = ""
+    #: Engines beside it, of other workers, may load at the same time, so there is no progress bar.
+    hosted: bool = False
+
+    @property
+    def model_name(self) -> str:
+        return self.served_as or mesh_name(self.model)
 
 
 class Start(EngineMessage, frozen=True):
@@ -98,6 +104,8 @@ class Progress(EngineMessage, frozen=True):
     problem: str = ""
     #: How much of what `note` describes is done; below 0: unknown.
     percent: int = -1
+    #: The problem is that there is not enough memory.
+    out_of_memory: bool = False
 
 
 class Ready(EngineMessage, frozen=True):

@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 
 from llambo.mesh.service import host
-from llambo.worker.config import LlamaOptions
+from llambo.worker.config import RAM, LlamaOptions
 from llambo.worker.engine.protocol import Progress
 from llambo.worker.llama import binding, llama
 from llambo.worker.llama.embedder import Embedder
@@ -54,18 +54,27 @@ class DryRunError(Exception):
 
 
 class Question(msgspec.Struct, frozen=True):
+    """Without a `path`: which devices are there."""
+
     path: str
     options: LlamaOptions
+    #: What is free, by name of the device; others, and all if it is empty, as they are now.
+    free: dict[str, int] = {}
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """With a `problem` the model cannot be loaded with these options, and it says why."""
+    """With a `problem` the model cannot be loaded with these options, and it says why.
+
+    `too_large`: it does not fit.
+    """
 
     problem: str = ""
+    too_large: bool = False
     #: None: the library lists no GPU.
     placement: Placement | None = None
     #: Tokens of a slot.
     context: int = 0
+    devices: list[ComputeDevice] = []
 
 
 def prepare(
@@ -84,7 +93,7 @@ def prepare(
                 raise llama.LoadError(f"{error}; --gpu-layers 0 uses the CPU alone") from error
             found, warning = Answer(), f"no GPU is used, because {error}; --gpu-layers NUMBER insists on one"
         if found.problem:
-            raise llama.LoadError(found.problem)
+            raise (llama.NoMemory if found.too_large else llama.LoadError)(found.problem)
         if found.placement is not None:
             layout = model_files.unchecked_layout(options, file, host.free_memory_bytes(), host.physical_cores())
             slots, need = found.placement.slots, found.placement.host_bytes
@@ -124,10 +133,10 @@ def taking_turns(send: Callable[[Progress], None]) -> Iterator[None]:
         yield
 
 
-def find_placement(path: str, options: LlamaOptions) -> Answer:
-    """Raises DryRunError."""
+def find_placement(path: str, options: LlamaOptions, free: dict[str, int] | None = None) -> Answer:
+    """Raises DryRunError. The rest is as in `Question`."""
     command = [sys.executable, "-m", __name__, str(os.getpid())]
-    question = msgspec.json.encode(Question(path, options))
+    question = msgspec.json.encode(Question(path, options, free or {}))
     try:
         child = subprocess.run(command, input=question, capture_output=True, timeout=CHILD_S, check=False)
         # The answer is the last line: a driver may have written to stdout as well.
@@ -145,12 +154,16 @@ def find_placement(path: str, options: LlamaOptions) -> Answer:
 def answer(question: Question) -> Answer:
     options = question.options
     library = llama.open_library(options.library)
-    devices = placement.usable(_devices(library))
-    if not devices:
-        return Answer()
+    devices = [
+        replace(device, free_bytes=question.free.get(device.name, device.free_bytes))
+        for device in placement.usable(_devices(library))
+    ]
+    if not devices or not question.path:
+        return Answer(devices=devices)
     parts = [gguf.read(str(part)) for part in model_files.parts(Path(question.path))]
     sizes = placement.sizes_of(parts)
-    layout = model_files.unchecked_layout(options, parts[0], host.free_memory_bytes(), host.physical_cores())
+    free_bytes = question.free.get(RAM, 0) or host.free_memory_bytes()
+    layout = model_files.unchecked_layout(options, parts[0], free_bytes, host.physical_cores())
     problem = ""
     while True:
         try:
@@ -159,10 +172,10 @@ def answer(question: Question) -> Answer:
             problem = problem or str(error)
             smaller = layout.context // 2
             if not error.host or options.context or smaller < model_files.MIN_CONTEXT:
-                return Answer(f"{question.path} does not fit: {problem}")
+                return Answer(f"{question.path} does not fit: {problem}", too_large=True)
             layout = replace(layout, context=smaller)
         else:
-            return Answer(placement=found, context=layout.context)
+            return Answer(placement=found, context=layout.context, devices=devices)
 
 
 def _devices(library: binding.Library) -> list[ComputeDevice]:

@@ -61,6 +61,10 @@ class LoadError(Exception):
     """The model cannot be served; the text gives the reason, for people."""
 
 
+class NoMemory(LoadError):
+    """There is not enough memory for it."""
+
+
 def open_library(configured: str = "") -> binding.Library:
     """Load it, once. Raises LibraryError. `configured`: the setting `llama_lib`."""
     global lib  # noqa: PLW0603  # two builds of llama.cpp in one process would share symbols
@@ -218,7 +222,7 @@ class LlamaContext:
             setattr(settings, name, value)
         self.handle = lib.llama_init_from_model(model.handle, settings)
         if not self.handle:
-            raise LoadError(f"no context of {what}: {log.reason()}")
+            raise NoMemory(f"no context of {what}: {log.reason()}")
         self._memory = lib.llama_get_memory(self.handle)
         self._make_batch(batch)
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from llambo.worker.config import mesh_name
 from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Progress
 from llambo.worker.llama import binding, dry_run, llama, sampling
 from llambo.worker.llama.llama_engine import LlamaEngine, Setup
@@ -33,21 +32,23 @@ def load(
     try:
         return _load(configure, send, alive)
     except UNUSABLE as error:
-        send(Progress(problem=str(error)[:1000]))
+        too_large = isinstance(error, (llama.NoMemory, model_files.TooLarge))
+        send(Progress(problem=str(error)[:1000], out_of_memory=too_large))
         sys.exit(CANNOT_LOAD)
 
 
 class ProgressBar:
     """Sends progress to the agent, and draws it if stderr is a terminal."""
 
-    def __init__(self, send: Callable[[Progress], None]) -> None:
+    def __init__(self, send: Callable[[Progress], None], *, drawn: bool = True) -> None:
         self._send = send
+        self._may_draw = drawn and sys.stderr.isatty()
         self._drawn = False
 
     def __call__(self, progress: Progress, percent: int = -1) -> None:
         """`percent`: how much is done of something that is not the loading of the model."""
         self._send(progress)
-        if sys.stderr.isatty():
+        if self._may_draw:
             percent = max(percent, progress.percent)
             if percent >= 0:
                 done = percent * WIDTH // 100
@@ -69,7 +70,7 @@ def _load(
     purpose = purpose_of(file)
     if purpose.problem:
         raise llama.LoadError(f"{path} cannot be served: it is {purpose.problem}")
-    bar = ProgressBar(send)
+    bar = ProgressBar(send, drawn=not configure.hosted)
     # What is free on a GPU is true until the next worker of this machine allocates its model.
     shares_gpu = options.gpu_layers != 0 and library.supports_gpu
     with dry_run.taking_turns(bar) if shares_gpu else nullcontext():
@@ -89,7 +90,7 @@ def _load(
         for text in unusable:
             log.info("ignored in the model file: %s", text)
         setup = Setup(
-            name=configure.served_as or mesh_name(configure.model),
+            name=configure.model_name,
             path=path,
             layout=layout,
             placement=placement,

@@ -62,6 +62,10 @@ QUANTISATIONS = {
 HELPERS = {"clip": "a picture encoder, part of another model", "adapter": "an adapter, part of another model"}
 
 
+class TooLarge(BadModelFile):
+    """There is not enough memory for it."""
+
+
 class NoSuchModel(StoreError):
     """There is no such file and no such installed model, or this user cannot read it. `hint`: what to do."""
 
@@ -160,7 +164,7 @@ class Layout:
 def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:
     """For a model on the CPU alone. Chooses what is not configured to suit the machine, and checks its memory.
 
-    Raises BadModelFile if the model cannot fit.
+    Raises TooLarge if the model cannot fit.
     """
     found = unchecked_layout(options, file, free_bytes, cores)
     context = found.context
@@ -170,7 +174,7 @@ def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) 
     while not options.context and context > MIN_CONTEXT and _need(options, file, context) > free_bytes:
         context //= 2
     if (need := _need(options, file, context)) > free_bytes:
-        raise BadModelFile(_too_large(options, file, context, free_bytes))
+        raise TooLarge(_too_large(options, file, context, free_bytes))
     return replace(found, slots=options.slots, context=context, need_bytes=need)
 
 
@@ -248,13 +252,21 @@ def digest(path: str, cache: Path | None = None, on_progress: Callable[[int], No
     Times are compared for equality only, so a clock that jumps can at most cause a new computation.
     """
     cache = cache or _cache_file()
-    info = Path(path).stat()
-    key = f"{os.path.realpath(path)}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}"
-    known = _known(cache)
+    key, known = _key(path), _known(cache)
     if key not in known:
-        known[key] = _digest(path, info.st_size, on_progress)
+        known[key] = _digest(path, Path(path).stat().st_size, on_progress)
         _remember(cache, known)
     return known[key]
+
+
+def remember_digest(path: str, sha256: str) -> None:
+    """The one that `digest` would compute, for a file that was hashed when it was written."""
+    _remember(_cache_file(), {**_known(_cache_file()), _key(path): sha256})
+
+
+def _key(path: str) -> str:
+    info = Path(path).stat()
+    return f"{os.path.realpath(path)}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}"
 
 
 def _digest(path: str, size: int, on_progress: Callable[[int], None]) -> str:
@@ -340,8 +352,7 @@ def look_at(
     except (BadModelFile, OSError) as error:
         return Found(model, str(path), where, size, problem=_without_path(str(error), str(path)))
     purpose = purpose_of(file)
-    problem = missing or HELPERS.get(str(file.meta.get("general.type", ""))) or HELPERS.get(file.architecture) or ""
-    problem = problem or purpose.problem
+    problem = missing or part_of_another(file) or purpose.problem
     try:
         layout(options, file, free_bytes, cores)
     except BadModelFile as error:
@@ -350,6 +361,11 @@ def look_at(
         model, str(path), where, sum(part.stat().st_size for part in parts(path)), file.architecture,
         quantisation=_quantisation(file), trained_context=file.trained_context, problem=problem, kind=purpose.kind,
     )  # fmt: skip
+
+
+def part_of_another(file: ModelFile) -> str:
+    """What it is, if it accompanies a model; empty if it is one."""
+    return HELPERS.get(str(file.meta.get("general.type", ""))) or HELPERS.get(file.architecture) or ""
 
 
 def _without_path(text: str, path: str) -> str:
@@ -377,12 +393,17 @@ def _candidates(folder: str, aliases: Mapping[str, str]) -> Iterator[tuple[str, 
         if path is not None:
             yield name, path, "package"
     for top, where, depth in _folders(folder):
-        yield from ((str(path), path, where) for path in _files(top, depth) if _is_first(path))
+        yield from ((str(path), path, where) for path in below(top, depth))
     for ref, path, where in caches.listed():
         if _is_first(path):
             # A name stands for the newest state of a file; an older one has its path only.
             current = caches.find(ref)
             yield str(ref) if current and current.samefile(path) else str(path), path, where
+
+
+def below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The models below a folder. Of one in several files: the first."""
+    return (path for path in _files(folder, depth) if _is_first(path))
 
 
 def _is_first(path: Path) -> bool:

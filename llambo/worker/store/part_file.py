@@ -36,6 +36,9 @@ class Watcher(Protocol):
     def moved(self, size: int) -> None:
         """So many bytes more are here."""
 
+    def verified(self, path: Path, sha256: str) -> None:
+        """A file is whole, and has this checksum."""
+
 
 @dataclass(frozen=True, slots=True)
 class Blob:
@@ -93,7 +96,7 @@ def fetch(blob: Blob, web: Web, watcher: Watcher) -> None:
             blob.path.parent.mkdir(parents=True, exist_ok=True)
             with PartFile(blob.part, blob.size, blob.sha256 or f"{blob.url} {blob.version}") as part:
                 _fill(part, blob, web, watcher)
-                part.finish(blob)
+                watcher.verified(blob.path, part.finish(blob))
     except OSError as error:
         raise cannot_write(error, blob.path) from error
 
@@ -180,8 +183,8 @@ class PartFile:
         self._whole.update(data)
         self.size += len(data)
 
-    def finish(self, blob: Blob) -> None:
-        """Give it its name. Raises StoreError, and discards it, if it has other bytes than were announced."""
+    def finish(self, blob: Blob) -> str:
+        """Give it its name. Returns its sha256; if it is not that of the source, discards it and raises StoreError."""
         found = self._whole.hexdigest()
         if blob.sha256 and found != blob.sha256:
             self.discard()
@@ -193,6 +196,7 @@ class PartFile:
         self.path.replace(blob.path)
         _sums(self.path).unlink()
         sync_folder(blob.path.parent)
+        return found
 
     def discard(self) -> None:
         self.path.unlink()
