@@ -160,10 +160,11 @@ def test_a_file_with_a_url(hub: Hub, home: Path) -> None:
     assert path.name == "tiny.gguf" and path.read_bytes() == tiny_model.whole()
     assert [str(ref) for ref, _, _ in caches.listed()] == [name]
     checked = f"{name}#sha256={sha256(tiny_model.whole())}"
-    assert bring(checked) == path
-    caches.remove(caches.removal(ref_of(name)))
-    assert everything(home) == {}
+    assert bring(checked) != path, "what is here without a checksum does not count as checked"
     assert "wrong bytes" in str(refusal(f"{name}#sha256={'0' * 64}"))
+    for each in (name, checked):
+        caches.remove(caches.removal(ref_of(each)))
+    assert everything(home) == {}
 
 
 # --- the connection ------------------------------------------------------------------------------------------
@@ -262,6 +263,16 @@ def test_a_redirect_to_another_host_does_not_get_the_token(hub: Hub, monkeypatch
         assert bring().read_bytes() == tiny_model.whole()
         assert other.requests and all("Authorization" not in each.headers for each in other.requests)
     assert all(each.headers["Authorization"] == "Bearer hf_secret" for each in hub.requests)
+
+
+def test_a_token_for_this_machine_does_not_go_to_a_proxy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serving(Hub()) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert bring().is_file() and not proxy.requests
+        monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+        assert "404" in str(refusal("hf:org/none")), "elsewhere it is used, without the token"
+        assert proxy.requests and all("Authorization" not in each.headers for each in proxy.requests)
 
 
 @pytest.mark.parametrize(

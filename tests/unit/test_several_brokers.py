@@ -470,3 +470,17 @@ def test_who_brings_the_last_token_of_one_that_waits_ends_it_and_it_leaves_the_q
     again = comes_from_another(bench, b"3", list(range(1, 11)))
     assert [(end.count, end.reason) for peer in (other, again) for end in peer.ends] == [(10, "length")] * 2
     assert bench.state.queue.count == 0
+
+
+def test_who_got_further_with_one_that_waits_takes_it_to_the_workers_that_can_go_on() -> None:
+    """It had a worker here, which was lost before its first token. The tokens decide who continues it."""
+    bench = Bench()
+    worker, client, other = bench.worker("w1", fingerprint="f"), back(bench, b"1"), back(bench, b"2", b"another client")
+    client.submit(1)
+    other.send(m.Attach(request_id(1)))
+    worker.send(m.Goodbye())
+    again = comes_from_another(bench, b"3", [1, 2, 3])
+    assert not again.problems
+    assert [lane.fingerprint for lane in bench.state.queue.lines] == ["f"]
+    assert bench.worker("w2", fingerprint="f").dispatches[-1].prefix == [1, 2, 3]
+    assert bench.state.queue.count == 0

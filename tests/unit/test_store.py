@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from llambo.cli.kit.failure import Exit
 from llambo.mesh.settings import settings
 from llambo.mesh.wire.errors import LlamboError
+from llambo.worker.llama import binding
 from llambo.worker.models import model_files
 from llambo.worker.models.model_files import NoSuchModel
 from llambo.worker.store import caches, part_file, refs
@@ -351,7 +352,10 @@ def test_rm_asks_and_touches_no_other_file(home: Path) -> None:
     assert llambo("rm", "--yes", "mine.gguf").exit_code == Exit.OK and not mine.exists()
 
 
-def test_a_model_that_is_not_here_is_an_error_with_the_command_that_helps(home: Path) -> None:
+def test_a_model_that_is_not_here_is_an_error_with_the_command_that_helps(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binding, "missing", lambda library="": "")
     for words in (["models", "hf:o/r:Q4_K_M"], ["worker", "--model", "hf:o/r:Q4_K_M"], ["up", "hf:o/r:Q4_K_M"]):
         done = llambo(*words)
         assert done.exit_code == Exit.ERROR and "llambo pull hf:o/r:Q4_K_M" in done.stderr, done.stderr

@@ -191,7 +191,7 @@ def accepts(state: State, request: Request, held: list[bytes], now_ms: int) -> b
     state.measured.meter.count(request)
     waits = request.state is RequestState.WAITING
     if waits:
-        state.queue.left(request)  # the lane that it waits in follows from its tokens
+        state.queue.left(request)  # its lane follows from its tokens
         request.place.queued_ms += now_ms - request.place.queued_at
     else:
         ending.cancel_run(state, request)

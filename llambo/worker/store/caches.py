@@ -55,7 +55,8 @@ def repo_folder(repo: str) -> Path:
 
 
 def url_file(ref: UrlRef) -> Path:
-    first = ref.parts()[0].url
+    """With a checksum in its name it is another file than without: that one was not compared with it."""
+    first = str(ref.parts()[0])
     return own_folder() / hashlib.sha256(first.encode()).hexdigest()[:32] / ref.file
 
 

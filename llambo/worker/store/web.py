@@ -63,15 +63,8 @@ class Web:
         self._token = token
         self._origin = _origin(token_for) if token and _is_private(token_for) else None
         self._refused = "the token is not accepted" if self._origin else "a token is sent over https only"
-        self._opener = urllib.request.OpenerDirector()
-        for handler in (
-            urllib.request.ProxyHandler(),
-            urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(context=ssl.create_default_context()),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPErrorProcessor(),
-        ):
-            self._opener.add_handler(handler)
+        # By whether the host is this machine: what is sent there in plain text must not go to a proxy.
+        self._openers = {False: _opener(urllib.request.ProxyHandler()), True: _opener()}
 
     def open(self, url: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
         """The answer to a GET, after redirects. Raises StoreError, or BrokenTransfer if another try may help."""
@@ -96,7 +89,7 @@ class Web:
         })  # fmt: skip
         if self._origin is not None and _origin(url) == self._origin:
             request.add_header("Authorization", f"Bearer {self._token}")
-        answer = self._opener.open(request, timeout=TIMEOUT_S)
+        answer = self._openers[is_loopback(urlsplit(url).hostname or "")].open(request, timeout=TIMEOUT_S)
         assert isinstance(answer, http.client.HTTPResponse)
         return answer
 
@@ -213,6 +206,20 @@ def persevere(
             wait_s = max(0.05, error.wait_s, backoff_ms(failures, *PAUSE_MS) / 1_000)
             note(f"{error}; another try" + (f" in {wait_s:g} s" if wait_s >= 0.5 else ""))
         pause(wait_s)
+
+
+def _opener(*more: urllib.request.BaseHandler) -> urllib.request.OpenerDirector:
+    """For http and https. It follows no redirect, because a redirect may have a body without end."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        *more,
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    return opener
 
 
 def _connection_error(url: str, error: Exception) -> StoreError | BrokenTransfer:
