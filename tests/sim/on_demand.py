@@ -111,13 +111,13 @@ class HostNode(Peer):
 
     def perform_other(self, order: Any) -> None:
         match order:
-            case h.StartWorker(model, worker):
+            case h.StartWorker(model, name):
                 assert model not in self.engines, f"a second engine of {model} is started on {self.config.name}"
                 self.engines[model] = None
-                needed = sum(self.stored[name].needs["ram"] for name in self.engines)
+                needed = sum(self.stored[each].needs["ram"] for each in self.engines)
                 assert needed <= MEMORY, f"{needed} of {MEMORY} are needed on {self.config.name}: {list(self.engines)}"
                 self.loads += 1
-                self.engines[model] = self._start(self, model, worker)
+                self.engines[model] = self._start(self, model, name)
             case h.UnloadWorker(model):
                 self._unload(model)
             case h.StopWorker(model):

@@ -44,7 +44,7 @@ class Report:
 
 
 class World:
-    #: Workers leave although nothing goes wrong, perhaps while a request is on its way to them. (So does a hostile one.)
+    #: Workers leave although nothing goes wrong, perhaps while a request is on its way there. (So does a hostile one.)
     come_and_go = False
 
     def __init__(self, seed: int, check_every: int = 1, brokers: int = 0) -> None:
