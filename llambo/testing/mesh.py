@@ -165,7 +165,7 @@ class Mesh:
     def spawn_host(self, name: str, models: str, *words: str, addresses: tuple[str, ...] = ()) -> Process:
         """Start `llambo-worker --models MODELS WORDS...` with the fake engine, unless the words say otherwise.
 
-        `addresses`: of its brokers; none: this one. `first_line` returns when it is ready, with nothing loaded.
+        `addresses`: of its brokers; none: this one. `line("is ready")` returns when it is, with nothing loaded.
         """
         key = ("--key", str(self._key_file(name))) if self._keys else ()
         process = Process(

@@ -303,6 +303,25 @@ def test_slots_are_given_up_only_if_they_are_not_set(given: dict[str, Any], laye
     assert (config.llama.gpu_layers, config.llama.fewer_slots, config.llama.slots) == (layers, fewer, 4)
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["worker", "--model", "a", "--models", "b"], "--model a and --models b are both given"),
+        (["worker", "--models", "a:fast"], "is not NAME, NAME:MIB, or NAME:MIB:KIND:MSms"),
+        (["up", "--models", "a", "--workers", "2"], "one process loads all of these models"),
+    ],
+)
+def test_a_host_that_cannot_be_meant_is_a_mistake(words: list[str], problem: str) -> None:
+    result = llambo(words[0], "--engine", "fake", *words[1:])
+    assert result.exit_code == Exit.USAGE and problem in result.stderr
+
+
+def test_the_models_of_a_host_have_to_be_there_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llambo.worker.llama.binding.missing", lambda configured: "")
+    result = llambo("worker", "--models", "/nowhere/x.gguf")
+    assert result.exit_code == Exit.ERROR and "--models: there is no file /nowhere/x.gguf" in result.stderr
+
+
 @pytest.mark.parametrize("value", ["all", "1.5", "-2", "100001"])
 def test_gpu_layers_are_auto_or_a_number(value: str) -> None:
     result = CliRunner().invoke(worker.main, ["--gpu-layers", value])

@@ -278,8 +278,10 @@ def test_memory_that_is_freed_for_one_model_is_not_taken_by_the_next() -> None:
     rig = Rig({"a": 90, "d": 90, "e": 5}).load("a")
     rig.place("d", "e", evict=("a",))
     assert rig.started == ["e"], "beside both there is room for it"
-    rig = Rig({"a": 90, "d": 90, "e": 20}).load("a").place("d", "e", evict=("a",)).clear()
-    assert rig.on(WorkerEnded("a")).started == ["d"]
+    rig = Rig({"a": 45, "b": 45, "d": 90, "e": 50}).load("a", "b")
+    for ended, started in (("", []), ("a", []), ("b", ["d"])):
+        rig.place("d", "e", evict=("a", "b"))
+        assert rig.on(WorkerEnded(ended) if ended else e.Ticked()).started == started
 
 
 def test_a_model_that_waits_delays_no_smaller_one() -> None:
@@ -353,7 +355,9 @@ def test_after_an_out_of_memory_it_is_tried_once_more_with_everything_idle_gone(
     assert rig.model("d").state == "failed" and rig.model("d").retry_ms == 10_000
     # Once: what is loaded in the meantime is not unloaded for the next attempt.
     rig.place("a").ready("a").place().wait(YOUNG_MS).clear()
-    assert rig.place("d").unloaded == []
+    assert rig.place("d").started == ["d"]
+    rig.on(WorkerEnded("d", "out of memory", out_of_memory=True))
+    assert rig.unloaded == [] and rig.model("d").state == "failed"
 
 
 def test_after_an_out_of_memory_it_waits_until_young_models_may_go() -> None:
