@@ -65,7 +65,7 @@ async def test_three_models_in_the_memory_of_two() -> None:
                 await client.generate("hi", model=model, max_tokens=2)
             assert (await at_host(client, "a")).holders == ["test"]
             assert (await at_host(client, "a")).loads == loads
-            # An operator unloads it, whoever holds it
+            # An operator unloads it, although it is held
             await client.release_model("a")
             await becomes(client, "a", "stored")
 
