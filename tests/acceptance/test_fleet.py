@@ -235,7 +235,9 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
         )
 
         # No other command changes the fleet meanwhile; a wanted number is passed to the orchestrator.
-        assert "another `llambo fleet` is at work" in site.fleet("apply").err
+        for word in ("apply", "down"):
+            said = site.fleet(word).err
+            assert "`llambo fleet run` keeps this fleet as it is, pid" in said and "end it first" in said
         assert "passed on to the orchestrator" in site.ok("scale", "tiny=2").out
         running.line("tiny: an operator wants 2")
         site.write(RUN.replace("max = 4", "max = "))
@@ -254,7 +256,7 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
         )
         assert len(nodes) == len({node["pid"] for node in nodes.values()})
         running.send(signal.SIGTERM)
-        running.line("stopped; the workers keep running")
+        running.line("stopped; the broker and the workers keep running: `llambo fleet down --file")
         assert running.end() == 0
     assert site.nodes()["broker"]["state"] == "ready" and site.ok("status", "--json").json()["orchestrator"] is None
     site.ok("down")

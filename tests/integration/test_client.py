@@ -217,6 +217,7 @@ class TestErrors:
         assert caught.value.text == (
             f"no broker answers at tcp://127.0.0.1:{port}; start one with `llambo-broker` or `llambo up`"
         )
+        assert caught.value.__suppress_context__, "how it was noticed is no part of a traceback"
         control.close(linger=0)
         out.close(linger=0)
         context.term()

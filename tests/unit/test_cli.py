@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,13 +31,15 @@ from llambo.cli.kit.flags import Duration
 from llambo.cli.kit.std_streams import filter_streams, json_text, paint, print_output
 from llambo.cli.kit.tables import duration, facts, number, size, table
 from llambo.cli.services import broker, worker
-from llambo.cli.services.up import commands
+from llambo.cli.services.up import MeshCommands, commands, show_first_commands
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.client import Client
+from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service.extras import extra_command
 from llambo.mesh.service.journal import HumanFormatter
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import CONTROLS, Code, ErrorInfo, LlamboError, printable
+from llambo.mesh.wire.identity import Identity
 from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import RequestStory, StoryStep
 from llambo.worker.config import default_name
@@ -194,6 +197,32 @@ def test_without_a_broker_every_command_says_how_to_start_one(
         f"llambo: no broker answers at {NO_BROKER}\n  start one with `llambo-broker` or `llambo up`\n"
     )  # fmt: skip
     assert json.loads(result.stdout)["code"] == "no_broker"
+
+
+def test_what_holds_the_port_of_a_broker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMBO_CONNECT_MS", "50")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        result = llambo("status", "--broker", address)
+    assert result.exit_code == Exit.NO_BROKER
+    assert result.stderr == (
+        f"llambo: no broker answers at {address}\n"
+        f"  what listens at {address} is no broker, or hangs: `llambo doctor ports broker`\n"
+    )
+
+
+def test_a_mesh_with_keys_shows_what_to_type_here_and_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Folder(tmp_path)
+    folder.begin("tcp://box:7330")
+    folder.add(Identity("admin", "admin"), 0)
+    made = MeshCommands("0.0.0.0", [], [("worker-1", [])], keys=tmp_path)
+    show_first_commands("tcp://127.0.0.1:7440", made, "http://127.0.0.1:7340")
+    shown = capsys.readouterr().out
+    assert shown.count("keys token admin") == 1 and '-H "Authorization: Bearer $TOKEN"' in shown
+    assert '    llambo --key admin.key --broker tcp://box:7440 send "What is AI?"\n' in shown
+    assert "    llambo-worker --key worker.key --broker tcp://box:7440 --model FILE.gguf\n" in shown
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from llambo.cli.doctor.facts import (
     UnitFacts,
     Unknown,
 )
+from llambo.cli.doctor.reach import all_drained
 from llambo.cli.kit.failure import Exit
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import Folder
@@ -43,7 +44,7 @@ from llambo.mesh.service import extras, host
 from llambo.mesh.settings.settings import load
 from llambo.mesh.wire.identity import Identity
 from llambo.mesh.wire.naming import fingerprint
-from llambo.mesh.wire.reports import ModelVariant
+from llambo.mesh.wire.reports import ModelVariant, WorkerRow
 from llambo.worker.llama.binding import Cause, Device, LibraryReport
 from llambo.worker.llama.c_api import INTERFACES
 from llambo.worker.models.gpus import Gpu
@@ -282,6 +283,19 @@ def test_a_broker_without_a_worker_is_no_mesh_yet() -> None:
     assert found.text == "no worker is connected to tcp://127.0.0.1:7330: it cannot answer a request"
     _, found = findings("broker", brokers=(replace(broker, ready=0, configured=True),))
     assert (found.level, found.command) == (Level.NOTE, "llambo --broker tcp://127.0.0.1:7330 workers")
+
+
+def test_a_model_whose_workers_are_all_drained_is_a_problem() -> None:
+    rows = [
+        WorkerRow(worker="a", state="drained", models=["x", "x@tiny"]),
+        WorkerRow(worker="b", state="draining", models=["y"]),
+        WorkerRow(worker="c", state="ready", models=["y"]),
+    ]
+    assert all_drained(rows) == {"x": "a"}
+    (broker,) = WELL.brokers if isinstance(WELL.brokers, tuple) else ()
+    assert bad("broker", brokers=(replace(broker, ready=0, drained={"x": "a"}),)) == (
+        "all workers of x are drained: its requests wait", "llambo drain a --undo",
+    )  # fmt: skip
 
 
 def test_workers_that_cannot_continue_each_others_answers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from llambo.broker.records.request import RequestState
@@ -45,6 +46,22 @@ def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
     client.send(m.DrainWorker(3, "unknown"))
     assert client.problems[-1].error.code is Code.UNKNOWN_WORKER
     assert client.problems[-1].query == 3
+
+
+def test_a_request_whose_workers_are_all_drained_says_how_to_take_that_back() -> None:
+    bench, worker, client = small_mesh(**NEVER_LOST)
+    other = bench.worker("other", model="another")
+    beat(other)
+
+    def waits_for() -> str:
+        client.send(m.Query(1, "why", request_id(1).hex()))
+        return str(msgspec.msgpack.decode(client.received_last(m.Result)[-1].data)["waits_for"])
+
+    drained(client)
+    client.submit(1, model="m")
+    assert waits_for() == "a worker of m, all of which are drained: `llambo drain w --undo`"
+    drained(client, undo=True)
+    assert len(worker.dispatches) == 1
 
 
 def test_an_order_is_sent_again_until_the_worker_confirms_it() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
 from bench import tiny_model
+from llambo.cli.kit.failure import Exit
+from llambo.cli.main import main
 from llambo.mesh.service import host as host_facts
 from llambo.worker.config import LlamaOptions
 from llambo.worker.llama import binding
@@ -69,10 +72,41 @@ def test_caches_may_be_elsewhere(host: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_file_is_listed_once_with_its_size_and_context(host: Path) -> None:
     path = put(host / "mine/tiny.gguf")
-    (host / "work/link.gguf").symlink_to(path)
+    (host / "work/tiny.gguf").symlink_to(path)
     (only,) = model_files.on_this_host(str(host / "mine"))
     size = path.stat().st_size
     assert only == Found(str(path), str(path), "models folder", size, "llama", "F32", tiny_model.CONTEXT)
+
+
+def test_a_link_with_another_name_is_listed_as_one(host: Path) -> None:
+    path = put(host / "home/models/qwen.gguf")
+    (host / "home/models/coder.gguf").symlink_to("qwen.gguf")
+    link, file = model_files.on_this_host()
+    assert (link.path, link.where) == (str(path.with_name("coder.gguf")), "~/models, a link to qwen.gguf")
+    assert (file.path, file.where, file.size_bytes) == (str(path), "~/models", link.size_bytes)
+
+
+@pytest.mark.parametrize("name", ["coder", "coder.gguf"])
+def test_the_name_of_a_file_in_a_folder_of_models_stands_for_it(host: Path, name: str) -> None:
+    path = put(host / "home/models/deep/coder.gguf")
+    named = model_files.resolve(name)
+    assert (named.model, named.path, named.served_as) == (str(path), path, "coder")
+    mine = put(host / "mine/coder.gguf")
+    assert model_files.resolve(name, folder=str(host / "mine")).path == mine
+    assert model_files.resolve("mine", {"mine": name}).served_as == "mine"
+    with pytest.raises(model_files.NoSuchModel, match="no model of that name"):
+        model_files.resolve("cod")
+
+
+def test_a_model_that_no_mesh_serves_is_looked_for_on_this_host(host: Path) -> None:
+    put(host / "home/models/coder.gguf")
+
+    def asked(name: str) -> Result:
+        words = ("models", name, "--broker", "tcp://127.0.0.1:1", "--connect-ms", "50")
+        return CliRunner().invoke(main, words, prog_name="llambo")
+
+    assert "home/models/coder.gguf" in asked("coder").stdout
+    assert asked("other").exit_code == Exit.NO_BROKER
 
 
 def test_what_cannot_be_loaded_is_listed_with_the_reason(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,3 +140,19 @@ def test_a_shell_that_is_not_known_is_refused() -> None:
     result = llambo("completion", SHELL="/bin/dash")
     assert result.exit_code == Exit.USAGE
     assert "name a shell: bash, zsh, fish" in result.stderr
+
+
+# --- options -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "near"), [("--kv-typ", "--kv-type"), ("--wokers", "--workers"), ("--quantisation", "")]
+)
+def test_an_option_that_is_proposed_is_like_the_one_that_was_given(option: str, near: str) -> None:
+    result = llambo("up", option, "1")
+    assert result.exit_code == Exit.USAGE and f"No such option '{option}'." in result.stderr
+    assert ("Did you mean" in result.stderr) == bool(near) and near in result.stderr
+
+
+def test_a_whole_mesh_takes_the_options_that_save_memory() -> None:
+    assert {"--kv-type", "--flash-attn", "--ctx", "--slots"} <= set(llambo("up", "--help").stdout.split())

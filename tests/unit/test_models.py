@@ -119,6 +119,22 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_the_flag(model: Path)
     assert "266 MiB are free; --ctx 2304 would fit" in str(refused.value)
 
 
+def test_no_context_beyond_what_the_model_was_trained_for_is_proposed(model: Path) -> None:
+    file = gguf.read(str(model))
+    trained = file.trained_context
+    with pytest.raises(BadModelFile, match=f"; --ctx {trained} would fit"):
+        # There is room for more tokens than that, but not for so many
+        model_files.layout(
+            LlamaOptions(context=8 * trained),
+            file,
+            model_files.unchecked_layout(LlamaOptions(context=4 * trained), file, 0, 2).need_bytes,
+            cores=2,
+        )
+    larger = model_files.unchecked_layout(LlamaOptions(context=2 * trained), file, 0, cores=2)
+    assert f"was trained for {trained} tokens" in model_files.beyond_training(larger, file)
+    assert not model_files.beyond_training(model_files.unchecked_layout(LlamaOptions(), file, 0, cores=2), file)
+
+
 # --- fingerprint -----------------------------------------------------------------------------------------
 
 

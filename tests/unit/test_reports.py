@@ -86,6 +86,21 @@ def test_the_last_request_of_an_identity() -> None:
     worker.send(m.Goodbye())
 
 
+def test_the_last_request_is_one_for_output_and_no_question_about_the_model() -> None:
+    bench, _, client = small_mesh(client_lease_ms=60_000, lease_ms=60_000)
+
+    def last() -> bytes:
+        return bytes.fromhex(msgspec.msgpack.decode(answer(client, "why", "last"), type=reports.RequestStory).id)
+
+    client.submit(1, task="model_info")
+    assert last() == request_id(1)
+    bench.pass_time(10)
+    client.submit(2, task="embed")
+    bench.pass_time(10)
+    client.submit(3, task="tokenize")
+    assert last() == request_id(2)
+
+
 def test_what_is_no_id_has_a_hint_that_fits() -> None:
     client = busy_mesh()
     client.send(m.Query(1, "why", "what"))

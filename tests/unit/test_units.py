@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli.main import main
+from llambo.cli.services import systemd
 from llambo.cli.services.systemd import EXPOSURE, Checked, everything, variables
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.settings.settings_table import BY_NAME
@@ -124,6 +125,14 @@ def test_install_writes_once_and_leaves_settings_alone(tmp_path: Path) -> None:
     assert again.count("changed") == 1 and "written" not in again
     assert "slots = 3" in (tmp_path / "etc/llambo/llambo.toml").read_text()
     assert "0.0.0.0:7333" in (tmp_path / "etc/systemd/system/llambo-broker.socket.d/listen.conf").read_text()
+
+
+def test_without_systemd_install_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "RUNNING", tmp_path / "none")
+    (line,) = systemd.next_steps(False, Path("/"))
+    assert "systemd does not run here" in line
+    monkeypatch.setattr(systemd, "RUNNING", tmp_path)
+    assert any("daemon-reload" in each for each in systemd.next_steps(True, Path("/")))
 
 
 def test_variables_are_read_as_the_manager_does() -> None:

@@ -38,6 +38,8 @@ RESULT_PAGE_BYTES = 512 * 1024
 LISTED = 1_000
 #: In place of an id.
 LAST = "last"
+#: Tasks beside requests.
+ASIDE: tuple[m.Task, ...] = ("model_info", "tokenize", "detokenize")
 FIND_HINT = "`llambo requests` lists the live ones, and `llambo why` shows the last one that was sent"
 #: Variants of a model in a listing, and workers of each.
 VARIANTS, VARIANT_NAMES = 8, 8
@@ -349,14 +351,19 @@ def _found(state: State, argument: str, who: Identity) -> bytes:
 
 
 def _latest(state: State, who: Identity) -> bytes:
-    """The request of this identity that was submitted last, live or remembered. Without keys all have one identity."""
-    live = ((one.submitted_at, id) for id, one in state.requests.items() if one.owner == who.name)
+    """The request of this identity that was submitted last, live or remembered. Without keys all have one identity.
+
+    One for a model's output goes before those that programs make on their own, such as a chat that counts tokens.
+    """
+    live = (
+        (one.task not in ASIDE, one.submitted_at, id) for id, one in state.requests.items() if one.owner == who.name
+    )
     ended = (
-        (one.story[0][0] if one.story else one.ended_at, id)
+        (one.task not in ASIDE, one.story[0][0] if one.story else one.ended_at, id)
         for id, one in state.archive.ended.items()
         if one.owner == who.name
     )
-    _, id = max(chain(live, ended), default=(0, b""))
+    _, _, id = max(chain(live, ended), default=(False, 0, b""))
     if not id:
         raise LlamboError(Code.UNKNOWN_REQUEST, "no request of yours is known here", hint=FIND_HINT)
     return id

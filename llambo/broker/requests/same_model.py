@@ -71,7 +71,20 @@ def waits_for(state: State, request: Request) -> str:
         return note
     if lane.fingerprint:
         return _wanted(state, lane) if is_missing(state, lane) else ""
-    return f"a worker that serves {lane.model}" if state.models.unserved_since.get(lane.model, 1) else ""
+    if state.models.unserved_since.get(lane.model, 1):
+        return f"a worker that serves {lane.model}"
+    return _not_drained(state, lane.model)
+
+
+def _not_drained(state: State, model: str) -> str:
+    """An operator has drained all that have the model: what is wanted; otherwise empty."""
+    drained = ""
+    for worker in state.registry.workers.values() if state.registry.drained else ():
+        if model in worker.serving.models:
+            if not worker.drain.drained:
+                return ""
+            drained = drained or worker.name
+    return f"a worker of {model}, all of which are drained: `llambo drain {drained} --undo`" if drained else ""
 
 
 def missing_too_long(state: State, lane: Lane, waited_ms: int) -> ErrorInfo:

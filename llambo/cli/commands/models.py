@@ -40,6 +40,8 @@ ON_HOSTS = ("model", "host", "state", "size", "used", "held by", "loads", "note"
 SPARE_ON_HOSTS = ("loads", "size", "note")
 #: Without a broker the models of the mesh are unknown; those of this host are listed all the same.
 NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
+#: Errors of a mesh that does not have the model.
+NOT_SERVED = (*NO_MESH, Code.NO_WORKER, Code.UNKNOWN_MODEL)
 
 
 @click.command(cls=Command, examples=EXAMPLES)
@@ -63,8 +65,7 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
         show_file(common, name, as_json=as_json)
         return
     if name is not None:
-        info = ask(common, lambda client: client.model_info(model=name))
-        show_json(info) if as_json else show_model(info)
+        show_named(common, name, as_json=as_json)
         return
 
     from llambo.worker.llama import binding
@@ -102,6 +103,24 @@ async def _of_the_mesh(client: Client) -> tuple[Any, Any]:
     return served, await client.query("hosts") if any(row.get("hosts") for row in served) else []
 
 
+def show_named(common: Common, name: str, *, as_json: bool) -> None:
+    """As it is served; or, where it is not, the file of that name on this host."""
+    from llambo.worker.models import model_files
+
+    try:
+        info = ask(common, lambda client: client.model_info(model=name))
+    except LlamboError as error:
+        if error.code not in NOT_SERVED:
+            raise
+        try:
+            model_files.resolve(name, common.settings.aliases, common.settings.text("models_dir"))
+        except model_files.NoSuchModel:
+            raise error from None
+        show_file(common, name, as_json=as_json)
+    else:
+        show_json(info) if as_json else show_model(info)
+
+
 def show_file(common: Common, name: str, *, as_json: bool) -> None:
     from llambo.mesh.service import host
     from llambo.worker.config import LlamaOptions
@@ -110,9 +129,9 @@ def show_file(common: Common, name: str, *, as_json: bool) -> None:
 
     library = common.settings.text("llama_lib")
     try:
-        path = model_files.resolve(name, common.settings.aliases).path
+        path = model_files.resolve(name, common.settings.aliases, common.settings.text("models_dir")).path
     except model_files.NoSuchModel as error:
-        raise Failure(str(error), error.hint or "llambo models   lists the models of this host") from error
+        raise Failure(str(error), error.hint or model_files.GET) from error
     options, free_bytes = LlamaOptions(fewer_slots=True), host.free_memory_bytes() + _device_bytes(library)
     found = model_files.look_at(
         name, path, "", options, free_bytes, host.physical_cores(), missing=binding.missing(library)

@@ -79,6 +79,7 @@ def why(common: Common, id: str, as_json: bool) -> None:
     """Show the story of the request ID: each step with its time and reason. The beginning of the id is enough.
 
     Without an ID, or with `last`, it is the request that was sent last with this key; without keys, by any client.
+    Questions about a model or its tokens are passed over.
     """
     answer = query(common, "why", id)
     if as_json:

@@ -70,7 +70,7 @@ def send(
 
     The prompt is the arguments, or stdin with `-` or without any. Ctrl-C cancels the request on its worker; a
     second one leaves at once. While its model is loaded, and when no token comes for 3 s, stderr says so, on a
-    terminal or with -v.
+    terminal or with -v; elsewhere it says once what the request waits for, if that is more than its turn.
 
     With --json each line is an object with a "type"; fields may be added, none changes its meaning:
 

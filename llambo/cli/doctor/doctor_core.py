@@ -372,8 +372,10 @@ def _of_workers(seen: BrokerFacts) -> Conclusions:
     named = f" --broker {seen.address}" if seen.configured else ""
     if seen.asked and not seen.workers:
         yield note(f"no worker is connected to {seen.address}: it cannot answer a request", f"llambo-worker{named}")
-    elif seen.asked and not seen.ready:
+    elif seen.asked and not seen.ready and not seen.drained:
         yield note(f"no worker of {seen.address} is ready", f"llambo{named} workers")
+    for model, worker in seen.drained.items():
+        yield problem(f"all workers of {model} are drained: its requests wait", f"llambo{named} drain {worker} --undo")
     for model, variants in seen.variants.items():
         yield note(f"{cannot_move(model, variants)}: {same_command(variants)}", f"llambo{named} workers")
 

@@ -142,6 +142,8 @@ class BrokerFacts:
     models: tuple[str, ...] = ()
     #: By model, workers that cannot continue each other's answers.
     variants: dict[str, list[ModelVariant]] = field(default_factory=dict)
+    #: Models all of whose workers are drained, and one of these.
+    drained: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,7 @@ def look_at_models(place: Place) -> ModelFacts:
     for wanted in map(str.strip, named) if place.settings.text("engine") != "fake" else ():
         try:
             if wanted and not Path(wanted).expanduser().is_dir():
-                model_files.resolve(wanted, place.settings.aliases)
+                model_files.resolve(wanted, place.settings.aliases, place.settings.text("models_dir"))
         except model_files.NoSuchModel as error:
             if not missing:
                 missing, remedy = str(error), error.hint

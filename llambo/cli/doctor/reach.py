@@ -11,7 +11,7 @@ import shlex
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from llambo.mesh.security.keyring import ISSUED, default_folder
 from llambo.mesh.wire import codec
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.naming import is_in_class
-from llambo.mesh.wire.reports import MeshStatus
+from llambo.mesh.wire.reports import MeshStatus, WorkerRow
 
 if TYPE_CHECKING:
     from llambo.mesh.settings.settings import Settings
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 CONNECT_S = 2.0
 #: How long a broker may take to answer, if the setting does not say less.
 ANSWER_MS = 5_000
+#: States of a worker that gets no new work.
+DRAINED = ("draining", "drained")
 BROKER_UNIT = "/etc/systemd/system/llambo-broker.service"
 
 # --- ports ---------------------------------------------------------------------------------------------
@@ -226,19 +228,30 @@ def _broker(host: str, port: int, asker: _Asker) -> BrokerFacts:
     if serves:
         return found  # a query is for clients
     try:
-        seen = asyncio.run(_status(sockets.endpoint(ip, port), asker))
+        seen, drained = asyncio.run(_status(sockets.endpoint(ip, port), asker))
     except LlamboError as error:
         text = f"{found.address}: {error.text.removesuffix(f'; {error.hint}')}"
         return replace(found, code=error.code, error=text, command=_start(host, port, found, asker))
     models = tuple(row.model for row in seen.models)
     variants = {row.model: row.variants for row in seen.models if row.variants and not is_in_class(row.model, models)}
-    return replace(found, asked=True, workers=seen.workers, ready=seen.ready, models=models, variants=variants)
+    return replace(
+        found, asked=True, workers=seen.workers, ready=seen.ready, models=models, variants=variants, drained=drained
+    )
 
 
-async def _status(address: str, asker: _Asker) -> MeshStatus:
+async def _status(address: str, asker: _Asker) -> tuple[MeshStatus, dict[str, str]]:
+    """And the models all of whose workers are drained, with one of these."""
     wait_ms, key = asker.wait_ms, asker.key or ""
     async with Client(address, name="llambo doctor", connect_ms=wait_ms, query_ms=wait_ms, key=key) as client:
-        return msgspec.convert(await client.query("status"), MeshStatus)
+        seen = msgspec.convert(await client.query("status"), MeshStatus)
+        return seen, all_drained(await client.workers() if seen.ready < seen.workers else [])
+
+
+def all_drained(workers: Sequence[WorkerRow]) -> dict[str, str]:
+    able = {model for row in workers if row.state not in DRAINED for model in row.models}
+    drained = [(model, row.worker) for row in workers if row.state in DRAINED for model in row.models]
+    found = {model: worker for model, worker in drained if model not in able}
+    return {model: worker for model, worker in found.items() if not is_in_class(model, found)}
 
 
 def _handshake(ip: str, port: int, offset: int, asker: _Asker) -> LinkProblem | None:

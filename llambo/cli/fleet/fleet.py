@@ -349,7 +349,8 @@ async def _orchestrate(here: Site) -> None:
         orchestrator = Orchestrator(here, manager, here.state, report)
         report(f"runs {here.fleet.name}, as in {here.file}")
         await orchestrator.run(stop)
-    report("stopped; the workers keep running")
+    these = "the broker and the workers" if here.fleet.broker is not None else "the workers"
+    report(f"stopped; {these} keep running: `llambo fleet down{here.flags}` ends them")
 
 
 def _classes(here: Site, one: str | None) -> list[str]:

@@ -9,6 +9,7 @@ import functools
 import getpass
 import json
 import os
+import shlex
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,9 +37,10 @@ LOCK = "lock"
 #: How many workers of each class an operator has asked for.
 COUNTS = "counts.json"
 
+FLEET_FILE = Path("fleet.toml")
 
 FILE_OPTION = click.option(
-    "-f", "--file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), default=Path("fleet.toml"),
+    "-f", "--file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), default=FLEET_FILE,
     show_default=True, help="What the fleet shall be.",
 )  # fmt: skip
 STATE_OPTION = click.option(
@@ -89,6 +91,13 @@ class Site:
         settings = self.common.settings
         return "" if address == address_of(settings, key_of(settings)) else f" --broker {address}"
 
+    @property
+    def flags(self) -> str:
+        """What a command needs to find this fleet; empty if it is where it looks."""
+        words = [] if self.file == FLEET_FILE else ["--file", str(self.file)]
+        words += [] if self.state == default_state(self.fleet) else ["--state", str(self.state)]
+        return f" {shlex.join(words)}" if words else ""
+
     def connect(self, address: str) -> Client:
         """As an admin, if the mesh has keys: with the key of the settings, or else with that in the fleet's folder."""
         from llambo.mesh.client.client import Client
@@ -107,15 +116,26 @@ class Site:
     def lock(self) -> Iterator[None]:
         """No other command on this machine changes the fleet meanwhile."""
         self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (self.state / LOCK).open("w", encoding="ascii") as lock:
+        with (self.state / LOCK).open("a+", encoding="ascii") as lock:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise Failure(
-                    f"another `llambo fleet` is at work in {self.state}", "wait for it; `llambo fleet status` shows it",
-                    Exit.BUSY,
-                ) from error  # fmt: skip
+                lock.seek(0)
+                raise self._locked(lock.read()) from error
+            lock.truncate(0)
+            print(os.getpid(), file=lock, flush=True)
             yield
+
+    def _locked(self, holder: str) -> Failure:
+        """`holder`: what the lock file contains, the pid of the command that has it. An older version writes none."""
+        from llambo.fleet.orchestrator import read_state
+
+        state = read_state(self.state)
+        if state is not None and holder.strip() == str(state.pid):
+            text = f"`llambo fleet run` keeps this fleet as it is, pid {state.pid}"
+            return Failure(text, f"end it first (Ctrl-C, or kill {state.pid}); what it has started stays", Exit.BUSY)
+        text = f"another `llambo fleet` is at work in {self.state}"
+        return Failure(text, "wait for it; `llambo fleet status` shows it", Exit.BUSY)
 
     def orchestrator(self) -> int:
         """The pid of the one that runs here; 0: there is none."""
@@ -216,7 +236,11 @@ def site(common: Common, file: Path, state: Path | None) -> Site:
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"{file} cannot be read: {error}", "", Exit.USAGE) from error
     fleet = parse(text, str(file))
-    return Site(fleet, file, (state or state_folder(os.environ, fleet.name)).expanduser().absolute(), common, text)
+    return Site(fleet, file, state.expanduser().absolute() if state else default_state(fleet), common, text)
+
+
+def default_state(fleet: Fleet) -> Path:
+    return state_folder(os.environ, fleet.name).expanduser().absolute()
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from llambo.cli.kit.common import Common, key_hint, user_name
+from llambo.cli.kit.common import Common, key_hint, port_hint, user_name
 from llambo.cli.kit.failure import MEANING, Exit, Failure
 from llambo.cli.kit.std_streams import (
     NO_ROOM,
@@ -22,7 +22,7 @@ from llambo.cli.kit.std_streams import (
 )
 from llambo.mesh.wire.errors import Code, LlamboError
 
-#: How similar to a command a word must be to count as a typing mistake.
+#: How similar to a command or an option a word must be to count as a typing mistake.
 SIMILAR = 0.8
 EXIT_CODES = "\n".join(f"{code.value:>3}  {text}" for code, text in MEANING.items())
 
@@ -48,6 +48,14 @@ class _Help(click.Command):
             sys.exit(Exit.ERROR)
         finally:
             flush_or_silence()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            # Click also proposes what has little in common with the word.
+            near = difflib.get_close_matches(error.option_name, error.possibilities or [], 3, SIMILAR)
+            raise click.NoSuchOption(error.option_name, possibilities=near, ctx=error.ctx) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_options(self, ctx, formatter, aside=False)
@@ -87,10 +95,10 @@ class Command(_Help):
         try:
             return super().invoke(ctx)
         except LlamboError as error:
-            common = ctx.find_object(Common) if error.code is Code.UNAUTHORIZED else None
-            if common is not None and (hint := key_hint(common)):
-                error = LlamboError(error.code, error.text, hint=hint)
-            raise Failure.of(error, as_json=bool(ctx.params.get("as_json"))) from error
+            common, found = ctx.find_object(Common), error
+            if common is not None and (hint := _hint_here(error.code, common)):
+                found = LlamboError(error.code, error.text.removesuffix(f"; {error.hint}"), hint=hint)
+            raise Failure.of(found, as_json=bool(ctx.params.get("as_json"))) from error
         except PermissionError as error:
             if error.filename is None:
                 raise
@@ -102,6 +110,13 @@ class Command(_Help):
             # The reader has closed the pipe, as in `llambo events | head -3`.
             silence_stdout()
             ctx.exit(Exit.OK)
+
+
+def _hint_here(code: Code, common: Common) -> str:
+    """What is seen from this machine only; empty: nothing."""
+    if code is Code.UNAUTHORIZED:
+        return key_hint(common)
+    return port_hint(common) if code is Code.NO_BROKER else ""
 
 
 class Group(_Help, click.Group):

