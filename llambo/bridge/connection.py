@@ -23,9 +23,12 @@ from typing import Any, Protocol
 import msgspec
 
 from llambo.bridge import protocol
+from llambo.bridge.holds import Holds
 from llambo.bridge.protocol import Command, LineParser, Mistake, ObjectParser, Parsed, Parser, Reply, Tag
 from llambo.mesh.client.client import Client
+from llambo.mesh.client.model_loading import row_of
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
+from llambo.mesh.wire.reports import ModelRow
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class Owner(Protocol):
 
     client: Client
     connection_limits: ConnectionLimits
+    holds: Holds
 
     def joined(self, connection: Connection, descriptor: int) -> None: ...
     def left(self, descriptor: int) -> None: ...
@@ -60,8 +64,10 @@ class Connection(asyncio.Protocol):
     def __init__(self, bridge: Owner) -> None:
         self._bridge = bridge
         self._limits = bridge.connection_limits
-        #: The model that LOAD has chosen.
-        self._model = ""
+        #: What LOAD has loaded, in this order; requests that name no model go to the last.
+        self._models: dict[str, None] = {}
+        #: Its name as a holder of models.
+        self._holder = bridge.holds.holder()
         self._parser: Parser = LineParser(self._limits.line_bytes)
         self._encode: protocol.Encode = protocol.encode_line
         #: Answers under way, and the command each belongs to.
@@ -109,6 +115,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._cancel_answers()
+        self._free()
         self._task.cancel()
         self._bridge.left(self._descriptor())
 
@@ -180,8 +187,7 @@ class Connection(asyncio.Protocol):
             case "PING":
                 self._write(command, protocol.ok("pong", {}))
             case "FREE":
-                freed, self._model = self._model, ""
-                self._write(command, protocol.ok("free", {"model": freed}))
+                self._write(command, self._free(command.fields.get("model", "")))
             case "BINARY":
                 self._switch_to_msgpack(command)
             case "QUIT":
@@ -246,7 +252,18 @@ class Connection(asyncio.Protocol):
 
     async def _status(self) -> Reply:
         mesh = await self._bridge.client.query("status")
-        return protocol.ok("up", {"model": self._model, "bridge": self._bridge.numbers(), "mesh": mesh})
+        rows = {row["model"]: row for row in mesh.get("models", ())}
+        loaded = [self._loaded(model, rows.get(model, {})) for model in self._models]
+        return protocol.ok(
+            "up", {"model": self._model, "loaded": loaded, "bridge": self._bridge.numbers(), "mesh": mesh}
+        )
+
+    def _loaded(self, model: str, row: dict[str, Any]) -> dict[str, Any]:
+        """What this connection has loaded, as it is now."""
+        found = msgspec.convert(row, ModelRow)
+        own = [there for there in found.hosts if any(name.endswith(self._holder) for name in there.holders)]
+        where = {"host": own[0].host, "percent": own[0].percent} if own else {}
+        return {"model": model, "state": own[0].state if own else found.state, **where}
 
     async def _load(self, model: str) -> Reply:
         served = await self._bridge.client.models()
@@ -256,8 +273,36 @@ class Connection(asyncio.Protocol):
             return protocol.error_reply(
                 ErrorInfo(Code.UNKNOWN_MODEL, f"no worker has {model}; there is {names}"[:2_000])
             )
-        self._model = model
-        return protocol.ok("loaded", msgspec.structs.asdict(found))
+        self._models.pop(model, None)
+        self._models[model] = None
+        if found.hosts:
+            found = await self._held(model)
+        return protocol.ok("loaded", msgspec.to_builtins(found))
+
+    async def _held(self, model: str) -> ModelRow:
+        try:
+            await self._bridge.holds.load(model, self._holder)
+        except LlamboError:
+            self._models.pop(model, None)
+            raise
+        if model not in self._models:
+            raise LlamboError(Code.CANCELLED, f"{model} was given back meanwhile")
+        return await row_of(self._bridge.client, model)
+
+    @property
+    def _model(self) -> str:
+        return next(reversed(self._models), "")
+
+    def _free(self, model: str = "") -> Reply:
+        """Give it back; without a name all of them."""
+        if model and model not in self._models:
+            text = f"{model} is not loaded on this connection"
+            return protocol.mistake_reply(Mistake(text, "STATUS shows what is loaded; FREE alone gives back all of it"))
+        chosen = model or self._model
+        for each in [model] if model else list(self._models):
+            del self._models[each]
+            self._bridge.holds.give_back(each, self._holder)
+        return protocol.ok("free", {"model": chosen})
 
     async def _infer(self, command: Command) -> Reply:
         prompt, options = protocol.request_of(command, self._model)

@@ -28,7 +28,7 @@ COMMANDS = {
     "LOAD": "model",
     "INFER": "prompt",
     "INFER_STREAM": "prompt",
-    "FREE": "",
+    "FREE": "model",
     "BINARY": "",
     "QUIT": "",
 }
@@ -119,8 +119,12 @@ def _check_infer(name: str, given: dict[Any, Any]) -> str:
 def _check_load(name: str, given: dict[Any, Any]) -> str:
     model = given.get("model")
     if not isinstance(model, str) or not 0 < len(model) <= limits.NAME_CHARS:
-        return "LOAD needs the name of a model"
+        return f"{name} needs the name of a model"
     return _check_unknown(name, given, frozenset({"model"}))
+
+
+def _check_free(name: str, given: dict[Any, Any]) -> str:
+    return _check_load(name, given) if "model" in given else _check_unknown(name, given)
 
 
 def _check_unknown(name: str, given: dict[Any, Any], known: frozenset[str] = frozenset()) -> str:
@@ -128,7 +132,7 @@ def _check_unknown(name: str, given: dict[Any, Any], known: frozenset[str] = fro
     return f"{name} has no field {unknown[0]}" if unknown else ""
 
 
-_CHECKS = {"INFER": _check_infer, "INFER_STREAM": _check_infer, "LOAD": _check_load}
+_CHECKS = {"INFER": _check_infer, "INFER_STREAM": _check_infer, "LOAD": _check_load, "FREE": _check_free}
 
 
 def _put_messages_into_prompt(given: dict[Any, Any]) -> str:
@@ -254,7 +258,9 @@ def _parse_line(line: bytes) -> Parsed | None:
     field = COMMANDS.get(name, "")
     if rest.strip() and name in COMMANDS and not field:
         return Mistake(f"{name} takes no argument")
-    return command_of(name, {field: rest if name != "LOAD" else rest.strip()} if field and rest else {})
+    if field == "model":
+        rest = rest.strip()
+    return command_of(name, {field: rest} if field and rest else {})
 
 
 def _parse_json(name: str, rest: str) -> Parsed:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llambo.bridge import protocol
 from llambo.bridge.connection import Connection, ConnectionLimits
+from llambo.bridge.holds import Holds
 from llambo.mesh.client.client import Client
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 
@@ -38,6 +39,7 @@ class Bridge:
     ) -> None:
         self.client = client
         self.connection_limits = connection_limits
+        self.holds = Holds(client)
         self._listener = listener
         self._limits = limits
         self._connections: dict[int, Connection] = {}
@@ -61,6 +63,7 @@ class Bridge:
             self._listener.remove_file()
             server.close()
             await self._close_connections()
+            await self.holds.close()
             loop.remove_reader(self._hang_ups.fileno())
             self._hang_ups.close()
 

@@ -42,7 +42,15 @@ from llambo.gateway.answers.asgi import CODE_KEY, Connection, HttpRequest, Later
 from llambo.gateway.answers.feed import Arrival, Feeds, parse_event_id
 from llambo.gateway.answers.unread import Unread
 from llambo.gateway.answers.websocket import PROTOCOL, Apis, SocketSession, offered_protocols, offered_token
-from llambo.gateway.apis import anthropic_messages, embeddings, openai_chat, openai_completions, rerank, responses
+from llambo.gateway.apis import (
+    anthropic_messages,
+    embeddings,
+    models,
+    openai_chat,
+    openai_completions,
+    rerank,
+    responses,
+)
 from llambo.gateway.apis.response_store import ResponseStore
 from llambo.gateway.apis.responses import ResponsesRequest
 from llambo.gateway.config import GatewayConfig
@@ -52,9 +60,7 @@ from llambo.gateway.gateway_metrics import GatewayMetrics
 from llambo.gateway.middleware import CALLER_KEY, Middleware, Origins
 from llambo.mesh.client.client import Client
 from llambo.mesh.service import prometheus
-from llambo.mesh.wire import naming
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.reports import ModelRow
 from llambo.mesh.wire.tokens import UNDECODABLE
 
 if TYPE_CHECKING:
@@ -88,7 +94,8 @@ class Readiness:
     async def _ask(self) -> str:
         try:
             status = await (await self._connect()).status()
-            self._known = "" if status.ready else "no worker is ready"
+            # A host loads a model when it is asked for.
+            self._known = "" if status.ready or any(row.hosts for row in status.models) else "no worker is ready"
         except LlamboError as error:
             # Without the text, which may contain the address of the broker: no token is needed to read this.
             self._known = f"the mesh does not answer: {error.code.value}"
@@ -243,29 +250,25 @@ async def delete_response(request: BodyRequest, id: str) -> JsonObject:
 
 @get("/models", summary="The models of the mesh")
 async def list_models(request: BodyRequest) -> JsonObject:
-    """smollm2@tiny is not another model than smollm2, so it is one of the classes of that."""
-    rows = await (await client_of(request)).models()
-    names = {row.model for row in rows}
-    return {"object": "list", "data": [_model(row, rows) for row in rows if not naming.is_in_class(row.model, names)]}
+    return await models.listed(await client_of(request))
 
 
 @get("/models/{name:path}", summary="One model")
 async def one_model(request: BodyRequest, name: str) -> JsonObject:
-    name = name.lstrip("/")
-    rows = await (await client_of(request)).models()
-    for row in rows:
-        if row.model == name:
-            return _model(row, rows)
-    raise LlamboError(Code.UNKNOWN_MODEL, f"no model has the name {name!r}")
+    return await models.one(await client_of(request), name.lstrip("/"))
 
 
-def _model(row: ModelRow, rows: list[ModelRow]) -> JsonObject:
-    """The mesh does not know when a model was created."""
-    classes = [naming.class_of(each.model) for each in rows if naming.is_in_class(each.model, {row.model})]
-    mesh: JsonObject = {"workers": row.workers, "loading": row.loading, "slots": row.slots, "waiting": row.waiting}
-    mesh |= ({"classes": classes} if classes else {}) | ({"fake": True} if row.fake else {})
-    mesh |= {"kind": row.kind} if row.kind else {}
-    return {"id": row.model, "object": "model", "created": 0, "owned_by": "llambo", "llambo": mesh}
+# llama-server
+
+
+@post("/models/load", status_code=200, summary="Load a model")
+async def load_model(request: BodyRequest, data: models.LoadRequest) -> JsonObject:
+    return await models.load(await client_of(request), data)
+
+
+@post("/models/unload", status_code=200, summary="Unload a model")
+async def unload_model(request: BodyRequest, data: models.UnloadRequest) -> JsonObject:
+    return await models.unload(await client_of(request), data)
 
 
 @websocket("/stream")
@@ -360,7 +363,7 @@ OWN = [healthz, readyz, page_of_metrics, openapi]
 def _apis() -> list[Router]:
     return [
         Router(path, route_handlers=handlers, guards=[has_token], security=[{"token": []}])
-        for path, handlers in (("/v1", V1), ("/", [rerank_elsewhere]))
+        for path, handlers in (("/v1", V1), ("/", [rerank_elsewhere, list_models, load_model, unload_model]))
     ]
 
 
@@ -449,7 +452,7 @@ def completed(document: JsonObject, *, tokens: bool) -> JsonObject:
         for method, operation in operations.items():
             responses = operation["responses"]
             responses.pop("400", None)
-            is_api = path.startswith("/v1/") or path in rerank.MORE_PATHS
+            is_api = path.startswith("/v1/") or path in (*rerank.MORE_PATHS, *models.MORE_PATHS)
             if is_api:
                 responses |= {
                     "4XX": _error(path, "The request is invalid"),

@@ -232,6 +232,35 @@ def test_a_worker_is_drained_and_given_work_again_by_keyboard(look: Look) -> Non
     state_is(look, "w1", "ready")
 
 
+def test_models_on_demand_are_loaded_and_unloaded(chromium: Any) -> None:
+    def says(look: Look, text: str) -> None:
+        look.until("text => document.querySelector('#models').innerText.includes(text)", text)
+
+    with Mesh(workers=0) as mesh:
+        mesh.spawn_host("box", "a:40:300ms,big:400", "--memory-bytes", "100MiB", "--min-loaded-ms", "0").line(
+            "is ready"
+        )
+        with GatewayProcess(mesh.address) as gateway:
+            look = Look(chromium, gateway.url, reduced_motion="reduce", **PHONE)
+            try:
+                says(look, "the budget is 100 MiB")
+                assert look.page.locator("h1:visible").inner_text() == "No model is loaded"
+                look.page.locator("#models-table tbody button").first.click()
+                look.page.locator("#confirm-check").check()
+                assert look.violations() == []
+                look.page.locator("#confirm-yes").click()
+                says(look, "pinned, anyone")
+                says(look, "box: 40 MiB of 100 MiB")
+                assert look.ask("document.documentElement.scrollWidth <= innerWidth"), "it is wider than the screen"
+                assert look.violations() == []
+                look.page.get_by_role("button", name="Unload a").click()
+                look.page.locator("#confirm-yes").click()
+                says(look, "box: 0 B of 100 MiB")
+                look.check()
+            finally:
+                look.close()
+
+
 def test_a_request_is_cancelled_from_its_story(mesh: Mesh, look: Look) -> None:
     with busy(mesh):
         look.page.locator("#requests-table tr[data-over=false] button").first.click()

@@ -108,6 +108,7 @@ def test_the_command_shows_a_table_and_json(mesh: Mesh, tmp_path: Path) -> None:
     assert lines[0].split() == ["SCORE", "INDEX", "DOCUMENT"] and len(lines) == 4
     assert lines[1].split(maxsplit=2)[1:] == ["1", DOCUMENTS[1]]
     assert "rank is a fake model; its scores are made up" in shown.err
+    assert "vec is a fake model; its vectors are made up" in mesh.commands.ok("embed", "x").err
     listed = "\n".join([*DOCUMENTS, "", "  "])
     by_stdin = mesh.commands.ok("rerank", "--json", "--top", "2", QUERY, stdin=listed).json()
     assert by_stdin["results"][0]["index"] == 1 and len(by_stdin["results"]) == 2

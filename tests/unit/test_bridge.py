@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 from llambo.bridge import server
 from llambo.bridge.connection import WRITE_BYTES, Connection, ConnectionLimits
+from llambo.bridge.holds import HOLD_MS, Holds
 from llambo.bridge.protocol import COMMANDS, LIST_PARTS, Command, LineParser, Mistake, ObjectParser, Parser
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.reports import ModelRow
+from llambo.mesh.wire.reports import HoldReply, ModelHost, ModelRow
 
 MODELS = [ModelRow(model="small", workers=2), ModelRow(model="large", workers=1)]
-STATUS = {"broker": "b"}
+STATUS = {"broker": "b", "models": [{"model": "large", "workers": 1}]}
 NUMBERS = {"connections": 1, "answers": 1}
 #: The fields of an answer besides its text.
 ANSWER = {"reason": "stop", "id": "i", "model": "m", "tokens": 2, "prompt_tokens": 1, "worker": "w", "moves": 0,
@@ -81,6 +82,18 @@ class FakeMesh:
     def __init__(self) -> None:
         self.questions: list[Question] = []
         self.open: list[Question] = []
+        self.rows = MODELS
+        #: What was held and given back: the model, and the number of the connection.
+        self.orders: list[tuple[str, str, str]] = []
+
+    async def hold_model(self, model: str, *, holder: str, ttl_ms: int, **_: object) -> HoldReply:
+        assert ttl_ms == HOLD_MS
+        self.orders.append(("hold", model, holder[-1]))
+        return HoldReply(model=model, state="stored", holder=holder)
+
+    async def release_model(self, model: str, *, holder: str, **_: object) -> HoldReply:
+        self.orders.append(("release", model, holder[-1]))
+        return HoldReply(model=model, holder=holder)
 
     def stream(self, prompt: str, **options: Any) -> FakeStream:
         return FakeStream(self, self._ask(Question("infer", prompt, options)))
@@ -147,8 +160,10 @@ class FakeTransport(asyncio.Transport):
 class FakeBridge:
     def __init__(self, limits: ConnectionLimits) -> None:
         self.mesh = FakeMesh()
-        self.client: Any = self.mesh
+        client: Any = self.mesh
+        self.client = client
         self.connection_limits = limits
+        self.holds = Holds(client)
         self.connections = 0
         self.empty = asyncio.Event()
         self.stopped = False
@@ -243,11 +258,12 @@ class Peer:
             prompt = question.prompt
             for piece in (prompt[:1], prompt[1:]):
                 self.text(question, piece)
-            answer = SimpleNamespace(text=prompt, reason="stop", id="i", ids=[1, 2], worker="w", moves=0, queued_ms=3,
+            whole = SimpleNamespace(text=prompt, reason="stop", id="i", ids=[1, 2], worker="w", moves=0, queued_ms=3,
                                      usage=SimpleNamespace(prompt_tokens=1), fake=False)  # fmt: skip
-            self.do(lambda: question.pieces.put_nowait(answer))
+            self.do(lambda: question.pieces.put_nowait(whole))
         else:
-            self.do(lambda: question.result.set_result(MODELS if question.what == "models" else STATUS))
+            answer = self.mesh.rows if question.what == "models" else STATUS
+            self.do(lambda: question.result.set_result(answer))
 
     def answer_all(self) -> None:
         while self.mesh.open:
@@ -373,8 +389,54 @@ def test_the_status_shows_what_was_chosen() -> None:
     peer.answer()
     peer.say("STATUS")
     peer.answer()
-    data = {"model": "large", "bridge": NUMBERS, "mesh": STATUS}
+    loaded = [{"model": "large", "state": "ready"}]
+    data = {"model": "large", "loaded": loaded, "bridge": NUMBERS, "mesh": STATUS}
     assert objects(peer.written)[-1] == {"status": "ok", "message": "up", "data": data}
+
+
+HOSTED = [ModelRow(model=name, hosts=[ModelHost(host="box", state="ready")]) for name in ("a", "b")]
+
+
+def test_load_holds_a_model_until_free_or_the_end_of_the_connection() -> None:
+    peer = Peer()
+    peer.mesh.rows = HOSTED
+    for line in ("LOAD a", "LOAD b"):
+        peer.say(line)
+        peer.answer_all()
+    assert [reply["message"] for reply in objects(peer.written)] == ["loaded", "loaded"]
+    assert peer.mesh.orders == [("hold", "a", "1"), ("hold", "b", "1")]
+    # Requests go to the model that was loaded last, and after it was given back to the one before it
+    peer.say('INFER {"prompt": "hi", "tag": 1}')
+    assert peer.say("FREE b")[0]["data"] == {"model": "b"}
+    peer.say('INFER {"prompt": "hi", "tag": 2}')
+    assert [asked.options["model"] for asked in peer.asked] == ["b", "a"]
+    assert peer.say("FREE b")[0]["message"] == "b is not loaded on this connection"
+    peer.say("QUIT")
+    assert peer.mesh.orders[2:] == [("release", "b", "1"), ("release", "a", "1")]
+
+
+def test_a_peer_that_goes_while_its_model_is_loaded_holds_nothing() -> None:
+    peer = Peer()
+    peer.mesh.rows = [ModelRow(model="a", hosts=[ModelHost(host="box", state="loading", percent=41)])]
+    peer.say("LOAD a")
+    for _ in range(2):
+        peer.answer()
+    peer.do(peer.transport.abort)
+    assert peer.mesh.orders == [("hold", "a", "1"), ("release", "a", "1")]
+
+
+def test_a_load_that_fails_is_undone_and_says_why() -> None:
+    peer = Peer()
+    peer.mesh.rows = [
+        ModelRow(model="a", hosts=[ModelHost(host="box", state="failed", note="damaged", retry_ms=5_000)])
+    ]
+    peer.say("LOAD a")
+    peer.answer_all()
+    (reply,) = objects(peer.written)
+    assert reply["message"].startswith("'a' could not be loaded on box: damaged")
+    assert reply["data"]["code"] == "engine_failed"
+    assert peer.mesh.orders == [("hold", "a", "1"), ("release", "a", "1")]
+    assert peer.say("FREE")[0]["data"] == {"model": ""}
 
 
 def test_quit_ends_the_connection_and_what_runs_on_it() -> None:

@@ -436,6 +436,19 @@ def test_an_admin_unloads_a_model() -> None:
     assert not bench.state.hosts.holds
 
 
+def test_a_model_that_is_held_again_is_not_unloaded_by_the_order_before() -> None:
+    bench = Bench(**NEVER_LOST)
+    host, client = bench.host("box", model("a")), bench.client()
+    held(client, "a", undo=True)
+    assert [hold.undo for hold in bench.state.hosts.holds] == [True]
+    held(client, "a", holder="x")
+    assert [hold.undo for hold in bench.state.hosts.holds] == [False]
+    host.report(model("a", "ready", holders=["x"]))
+    host.beat()
+    assert not bench.state.hosts.holds
+    assert not host.received(m.Hold)[-1].undo
+
+
 def test_a_holder_belongs_to_its_key() -> None:
     bench = Bench(**NEVER_LOST)
     bench.keys(

@@ -14,6 +14,7 @@ import pytest
 from llambo.cli.commands import loading, models
 from llambo.cli.kit.answer_views import JsonView, StdoutWriter, TextView
 from llambo.cli.kit.progress import Progress
+from llambo.mesh.client import model_loading
 from llambo.mesh.client.answer_stream import Stream
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.reports import HoldReply, HostRow, MemoryRow, ModelHost, ModelRow, waiting
@@ -102,7 +103,7 @@ class PlayedMesh:
     async def models(self) -> list[ModelRow]:
         return [self._rows.pop(0) if len(self._rows) > 1 else self._rows[0]]
 
-    async def hold_model(self, model: str, *, host: str = "", ttl_ms: int = 0, pin: bool = False) -> HoldReply:
+    async def hold_model(self, model: str, *, host: str = "", **_: Any) -> HoldReply:
         self.orders.append(("hold", model, host))
         return HoldReply(model=model, host=host, state="stored", holder="ann")
 
@@ -112,12 +113,12 @@ class PlayedMesh:
 
 
 def until_ready(mesh: PlayedMesh) -> HoldReply:
-    held = HoldReply(model="a", state="stored", holder="ann")
-    return asyncio.run(loading._until_ready(mesh, held, "", 0, False, Progress()))  # type: ignore[arg-type]
+    return asyncio.run(model_loading.load_model(mesh, "a", show=Progress().show))  # type: ignore[arg-type]
 
 
 def states(monkeypatch: pytest.MonkeyPatch, *hosts: ModelHost) -> PlayedMesh:
-    monkeypatch.setattr(loading, "ASK_S", 0.0)
+    for module in (loading, model_loading):
+        monkeypatch.setattr(module, "ASK_S", 0.0)
     return PlayedMesh([ModelRow(model="a", hosts=[host]) for host in hosts])
 
 
@@ -125,7 +126,7 @@ def test_load_says_how_far_it_is_and_where(monkeypatch: pytest.MonkeyPatch, caps
     # Given a model that failed long ago, and is loaded now
     mesh = states(monkeypatch, at("failed", note="old"), at("loading", percent=41), at("ready", holders=["ann"]))
     found = until_ready(mesh)
-    assert (found.state, found.host, mesh.orders) == ("ready", "box", [])
+    assert (found.state, found.host, mesh.orders) == ("ready", "box", [("hold", "a", "")])
     assert capsys.readouterr().err.splitlines()[0] == "waiting until a is loaded"
 
 
@@ -136,7 +137,7 @@ def test_load_says_why_not_and_gives_the_model_back(monkeypatch: pytest.MonkeyPa
     assert raised.value.code is Code.ENGINE_FAILED
     assert raised.value.text == "'a' could not be loaded on box: the file is damaged"
     assert raised.value.retry_after_ms == 5_000
-    assert mesh.orders == [("release", "a", "ann")]
+    assert mesh.orders[1:] == [("release", "a", "ann")]
 
 
 def test_unload_waits_until_the_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

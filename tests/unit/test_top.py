@@ -17,6 +17,7 @@ from llambo.cli.kit.tables import one_line
 from llambo.cli.top.top_app import Gatherer
 from llambo.cli.top.top_core import (
     BARS,
+    HOSTS,
     REQUEST_COLUMNS,
     WORKER_COLUMNS,
     Curves,
@@ -24,6 +25,7 @@ from llambo.cli.top.top_core import (
     arranged,
     curve,
     headings,
+    host_lines,
     request_row,
     shown_event,
     summary_line,
@@ -31,7 +33,18 @@ from llambo.cli.top.top_core import (
 )
 from llambo.mesh.service.extras import extra_command
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire.reports import EventRow, MeshStatus, Recent, RequestRow, SampleRow, WorkerRow
+from llambo.mesh.wire.reports import (
+    EventRow,
+    HostRow,
+    MemoryRow,
+    MeshStatus,
+    ModelHost,
+    ModelRow,
+    Recent,
+    RequestRow,
+    SampleRow,
+    WorkerRow,
+)
 from tests.unit.broker_bench import Bench
 
 if TYPE_CHECKING:
@@ -235,3 +248,22 @@ def test_without_a_terminal_it_says_what_else_there_is(monkeypatch: pytest.Monke
     done = CliRunner().invoke(main.main, ["top"], prog_name="llambo")
     assert done.exit_code == Exit.USAGE
     assert "`llambo status`" in done.stderr
+
+
+def test_a_line_for_each_host_with_what_is_in_its_memory() -> None:
+    def at(state: str, **fields: Any) -> ModelHost:
+        return ModelHost(**{"host": "box", "state": state, **fields})
+
+    models = [
+        ModelRow(model="a", hosts=[at("ready")]),
+        ModelRow(model="b", hosts=[at("loading", percent=41), at("ready", host="other")]),
+        ModelRow(model="c", hosts=[at("stored")]),
+        ModelRow(model="a@big", hosts=[at("ready")]),
+    ]
+    hosts = [HostRow(host="box", memory={"ram": MemoryRow(budget=100 * 2**20, used=75 * 2**20)}), HostRow(host="idle")]
+    assert host_lines(models, hosts, 80) == [
+        "box  █████████░░░  75 MiB of 100 MiB: a, b 41 %",
+        "idle  ░░░░░░░░░░░░  0 B of 0 B: no model is loaded",
+    ]
+    assert [len(line) for line in host_lines(models, hosts, 20)] == [20, 20]
+    assert len(host_lines(models, hosts * 5, 80)) == HOSTS

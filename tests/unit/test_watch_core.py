@@ -28,6 +28,7 @@ from llambo.gateway.dashboard.watch_core import (
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import reports
 from tests.unit.broker_bench import Bench, Client, small_mesh
+from tests.unit.test_hosts import model as hosted
 
 NOW = 1_800_000_000_000
 
@@ -45,6 +46,7 @@ def answers(client: Client, before: Picture = EMPTY) -> Answers:
         msgspec.msgpack.decode(ask("requests"), type=list[reports.RequestRow]),
         msgspec.msgpack.decode(ask("events", str(before.last_event)), type=list[reports.EventRow]),
         msgspec.msgpack.decode(ask("recent", str(before.last_sample)), type=reports.Recent),
+        msgspec.msgpack.decode(ask("hosts"), type=list[reports.HostRow]),
     )
 
 
@@ -53,7 +55,7 @@ class Viewer:
 
     def __init__(self) -> None:
         self.mesh: dict[str, Any] = {}
-        self.rows: dict[str, dict[str, Any]] = {"workers": {}, "requests": {}}
+        self.rows: dict[str, dict[str, Any]] = {name: {} for name in ("workers", "requests", "hosted", "hosts")}
         self.lists: dict[str, list[Any]] = {"ended": [], "events": [], "samples": []}
         self.rest: dict[str, Any] = {"latency": {}, "problem": ""}
 
@@ -64,7 +66,7 @@ class Viewer:
         if message.get("whole"):
             self.__init__()  # type: ignore[misc]
         self.mesh |= message.get("mesh", {})
-        for kind, key in (("workers", "worker"), ("requests", "id")):
+        for kind, key in (("workers", "worker"), ("requests", "id"), ("hosted", "id"), ("hosts", "host")):
             rows = message.get(kind, {"set": [], "gone": []})
             for row in rows["set"]:
                 self.rows[kind].setdefault(row[key], {}).update(row)
@@ -131,6 +133,28 @@ def test_only_what_is_different_of_a_worker_is_sent() -> None:
     update = changes(before, picture(before, answers(client, before), NOW), NOW)
     assert update is not None
     assert update["workers"] == {"set": [{"worker": "w", "tokens_per_s": 5.0}], "gone": []}
+
+
+def test_a_model_that_is_loaded_moves_its_bar_only() -> None:
+    bench = Bench(lease_ms=10**9, client_lease_ms=10**9)
+    client, host = bench.client(), bench.host("box", hosted("a"), hosted("b", "loading", percent=4))
+    before = picture(EMPTY, answers(client), NOW)
+    assert [(row.id, row.state, row.used) for row in before.hosted.values()] == [
+        ("a box", "stored", 0),
+        ("b box", "loading", 0),
+    ]
+    assert list(before.hosts) == ["box"]
+    host.report(hosted("a"), hosted("b", "loading", percent=41))
+    now = picture(before, answers(client, before), NOW)
+    update = changes(before, now, NOW)
+    assert update is not None
+    assert update["hosted"] == {"set": [{"id": "b box", "percent": 41}], "gone": []}
+    assert "hosts" not in update
+    # The time since its last use goes on without a message
+    host.report(hosted("a"), hosted("b", "ready"))
+    before = picture(now, answers(client, now), NOW)
+    bench.now_ms += 500
+    assert "hosted" not in (changes(before, picture(before, answers(client, before), NOW + 500), NOW + 500) or {})
 
 
 def test_another_broker_is_not_taken_for_the_same() -> None:

@@ -122,11 +122,13 @@ def _give_back(
 
 
 def _forget(state: State, order: m.HoldModel, holder: str) -> list[PendingHold]:
-    """Earlier orders of this holder: the last one counts."""
+    """Earlier orders of this holder: the last one counts. A hold also ends an order to drop all holders."""
     earlier = [
         hold
         for hold in state.hosts.holds
-        if hold.model == order.model and (hold.holder == holder or not holder) and order.host in ("", hold.host)
+        if hold.model == order.model
+        and (hold.holder == holder or not holder or not (order.undo or hold.holder))
+        and order.host in ("", hold.host)
     ]
     for hold in earlier:
         state.hosts.holds.remove(hold)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -15,8 +13,8 @@ from llambo.cli.kit.common import Common, ask
 from llambo.cli.kit.flags import Duration, client_options, json_option
 from llambo.cli.kit.progress import Progress
 from llambo.cli.kit.tables import duration, show_json
-from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.reports import HoldReply, ModelHost, ModelRow, waiting
+from llambo.mesh.client.model_loading import ASK_S, LOADED, load_model, row_of
+from llambo.mesh.wire.reports import HoldReply
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
@@ -31,14 +29,6 @@ UNLOAD_EXAMPLES = """
 llambo unload coder
 llambo unload coder --on box2
 """
-#: How often the broker is asked how far it is.
-ASK_S = 0.25
-#: A broker forgets an order that no host has carried out: it is given again.
-AGAIN_S = 30.0
-#: A failure that was there before is not that of this load, unless it stays for so long.
-STALE_S = 5.0
-HINT = "`llambo models` shows each model at each host, and what is in their memory"
-LOADED = ("loading", "ready", "unloading")
 
 
 @click.command(cls=Command, examples=LOAD_EXAMPLES)
@@ -62,8 +52,9 @@ def load(common: Common, name: str, host: str, pin: bool, ttl: int, no_wait: boo
     progress = Progress(hidden=as_json)
 
     async def work(client: Client) -> HoldReply:
-        held = await client.hold_model(name, host=host, ttl_ms=ttl, pin=pin)
-        return held if no_wait else await _until_ready(client, held, host, ttl, pin, progress)
+        if no_wait:
+            return await client.hold_model(name, host=host, ttl_ms=ttl, pin=pin)
+        return await load_model(client, name, host=host, ttl_ms=ttl, pin=pin, show=progress.show)
 
     try:
         found = ask(common, work)
@@ -87,60 +78,6 @@ def load(common: Common, name: str, host: str, pin: bool, ttl: int, no_wait: boo
         click.echo(f"{name} is {found.state}{where}" + (f": {found.note}" if found.note else ""))
 
 
-async def _until_ready(
-    client: Client, held: HoldReply, host: str, ttl: int, pin: bool, progress: Progress
-) -> HoldReply:
-    began = again_at = time.monotonic()
-    again_s = min(AGAIN_S, (held.ttl_ms or AGAIN_S * 2_000) / 2_000)
-    worked = False
-    while True:
-        row = await _row(client, held.model)
-        there = _where(row, held)
-        if there is not None:
-            held = msgspec.structs.replace(held, host=there.host, state=there.state, percent=there.percent)
-        note = there.note if there is not None and there.state == "failed" else row.note
-        held = msgspec.structs.replace(held, note=note or held.note)
-        worked = worked or held.state in LOADED
-        if held.state == "ready":
-            return held
-        fresh = worked or there is None or there.retry_ms > 0 or time.monotonic() - began > STALE_S
-        if held.state == "failed" and fresh:
-            with suppress(LlamboError):  # why it could not be loaded is what counts
-                await client.release_model(held.model, host=held.host, holder=held.holder)
-            raise _failure(row, held)
-        progress.show(_progress(row, held))
-        await asyncio.sleep(ASK_S)
-        if time.monotonic() - again_at > again_s:
-            again_at = time.monotonic()
-            held = await client.hold_model(held.model, host=host, ttl_ms=ttl, pin=pin)
-
-
-async def _row(client: Client, model: str) -> ModelRow:
-    found = next((row for row in await client.models() if row.model == model), None)
-    if found is None:
-        raise LlamboError(Code.UNKNOWN_MODEL, f"no host has {model!r} any more", hint=HINT)
-    return found
-
-
-def _where(row: ModelRow, held: HoldReply) -> ModelHost | None:
-    """Where it is held, or is to be."""
-    holding = [there for there in row.hosts if held.holder in there.holders]
-    return next((there for there in [*holding, *row.hosts] if held.host in ("", there.host) or there in holding), None)
-
-
-def _progress(row: ModelRow, held: HoldReply) -> str:
-    if held.state == "loading":
-        return f"loading {held.model} on {held.host}, {held.percent} %"
-    return waiting(row.note or f"until {held.model} is loaded")
-
-
-def _failure(row: ModelRow, held: HoldReply) -> LlamboError:
-    hosts = [there for there in row.hosts if there.state == "failed" and held.host in ("", there.host)]
-    reasons = "; ".join(f"on {there.host}: {there.note}" for there in hosts if there.note) or held.note
-    retry_ms = min((there.retry_ms for there in hosts if there.retry_ms), default=0)
-    return LlamboError(Code.ENGINE_FAILED, f"{held.model!r} could not be loaded {reasons}", retry_ms, hint=HINT)
-
-
 @click.command(cls=Command, examples=UNLOAD_EXAMPLES)
 @click.argument("name", metavar="NAME")
 @click.option("--on", "host", default="", metavar="HOST", help="On this host only.")
@@ -156,7 +93,7 @@ def unload(common: Common, name: str, host: str, no_wait: bool, as_json: bool) -
     progress = Progress(hidden=as_json)
 
     async def work(client: Client) -> HoldReply:
-        before = await _row(client, name)
+        before = await row_of(client, name)
         given = await client.release_model(name, host=host)
         if given.holder or no_wait:
             return given
@@ -180,7 +117,7 @@ def unload(common: Common, name: str, host: str, no_wait: bool, as_json: bool) -
 async def _until_unloaded(client: Client, given: HoldReply, where: set[str], progress: Progress) -> HoldReply:
     """A host whose answer does not have it as loaded has freed its memory, or is gone."""
     while True:
-        row = await _row(client, given.model)
+        row = await row_of(client, given.model)
         left = [there for there in row.hosts if there.host in where and there.state in LOADED]
         if not left:
             return msgspec.structs.replace(given, state="stored")

@@ -110,6 +110,8 @@ def embed(
         common,
         lambda client: client.embed(texts, pooling=pooling or "", dimensions=dimensions, model=model),  # type: ignore[arg-type]
     )
+    if found.fake:
+        click.echo(f"llambo: {found.model} is a fake model; its vectors are made up", err=True)
     if compare:
         near = [
             [math.fsum(a * b for a, b in zip(one, two, strict=True)) for two in found.vectors] for one in found.vectors

@@ -48,7 +48,7 @@ def bridge(common: Common, quit_stops: bool) -> None:
     \b
     PING                     is the bridge there?
     STATUS                   the mesh in numbers
-    LOAD MODEL, FREE         which model this connection asks
+    LOAD MODEL, FREE MODEL   load it for this connection; give it back
     INFER PROMPT             the whole answer
     INFER_STREAM PROMPT      the answer as it comes, a line for each piece
     BINARY                   msgpack objects from now on, in both directions

@@ -43,6 +43,8 @@ def top(common: Common, every_ms: int) -> None:
     p            pause
     ?, q         all keys; leave
 
+    Under the curves is a line for each host that loads models on demand: its memory, and what is in it.
+
     A key that changes something asks first. Needs the extra `top`.
     """
     if importlib.util.find_spec("textual") is None:

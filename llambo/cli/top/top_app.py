@@ -58,6 +58,7 @@ class Gatherer:
         status, workers, requests, recent, events = await asyncio.gather(
             client.status(), client.workers(), client.requests(), client.recent(self._last_sample), self._new_events()
         )
+        hosts = await client.hosts() if any(row.hosts for row in status.models) else []
         samples = recent.samples
         if broker != self._broker:
             # The question went to one broker, with its number of the last event, and the answer came from another one,
@@ -65,7 +66,7 @@ class Gatherer:
             samples, events = [], []
         self._last_sample = max([self._last_sample, *(sample.number for sample in samples)])
         self._last_event = max([self._last_event, *(event.number for event in events)])
-        return core.Snapshot(status, workers, requests, samples, events[-EVENTS:], self._no_events)
+        return core.Snapshot(status, workers, requests, samples, events[-EVENTS:], self._no_events, hosts)
 
     def forget(self) -> None:
         """Another broker numbers its events and samples from the start."""
@@ -203,7 +204,8 @@ class Top(App[None]):
         self._show_head()
         if self.snapshot is None or not self.query("#head"):
             return
-        gauges = self._curves.gauges(self.snapshot.status, self.size.width - 2)
+        status, width = self.snapshot.status, self.size.width - 2
+        gauges = [*self._curves.gauges(status, width), *core.host_lines(status.models, self.snapshot.hosts, width)]
         self.query_one("#gauges", Static).update(Text("\n".join(gauges), no_wrap=True))
         self.workers_pane.show(map(core.worker_row, self.snapshot.workers))
         self.requests_pane.show(map(core.request_row, self.snapshot.requests))

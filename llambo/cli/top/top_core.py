@@ -7,12 +7,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llambo.cli.kit.tables import busy_text, duration, one_line, request_note, worker_note
-from llambo.mesh.wire.reports import EventRow, MeshStatus, RequestRow, SampleRow, WorkerRow
+from llambo.cli.kit.tables import busy_text, duration, one_line, request_note, size, worker_note
+from llambo.mesh.wire.naming import is_in_class
+from llambo.mesh.wire.reports import (
+    EventRow,
+    HostRow,
+    MeshStatus,
+    ModelHost,
+    ModelRow,
+    RequestRow,
+    SampleRow,
+    WorkerRow,
+)
 
 #: Samples in a curve. A broker takes one a second, and remembers five minutes of them.
 SAMPLES = 300
 BARS = "▁▂▃▄▅▆▇█"
+#: Lines for hosts, and characters of the bar in each.
+HOSTS, BAR = 4, 12
 #: Digits of a request's id that are shown.
 ID_DIGITS = 8
 
@@ -29,6 +41,8 @@ class Snapshot:
     events: list[EventRow]
     #: Why events may not be read; empty if they may.
     no_events: str = ""
+    #: Those that load models on demand.
+    hosts: list[HostRow] = field(default_factory=list)
 
 
 # --- tables ----------------------------------------------------------------------------------------------
@@ -154,6 +168,34 @@ class Curves:
         names, values = max(len(name) for name, *_ in lines), max(len(value) for *_, value in lines)
         drawn = max(0, width - names - values - 4)
         return [f"{name:<{names}}  {curve(measured, drawn, full)}  {value}" for name, measured, full, value in lines]
+
+
+def host_lines(models: Sequence[ModelRow], hosts: Sequence[HostRow], width: int) -> list[str]:
+    """A line for each host: how full its memory is, and the models in it, with how far those are that are loaded."""
+    lines = []
+    names = {row.model for row in models}
+    for host in hosts[:HOSTS]:
+        held = [
+            _loaded(row.model, there)
+            for row in models if not is_in_class(row.model, names)
+            for there in row.hosts if there.host == host.host and there.state not in ("stored", "failed")
+        ]  # fmt: skip
+        used, budget = (sum(getattr(each, what) for each in host.memory.values()) for what in ("used", "budget"))
+        filled = round(BAR * used / budget) if budget else 0
+        bar = f"{'█' * filled}{'░' * (BAR - filled)}"
+        text = one_line(
+            f"{host.host}  {bar}  {size(used)} of {size(budget)}: {', '.join(held) or 'no model is loaded'}"
+        )
+        lines.append(text if len(text) <= width else f"{text[: width - 1]}…")
+    if len(hosts) > HOSTS:
+        lines[-1] = f"and {len(hosts) - HOSTS + 1} more hosts: `llambo models`"
+    return lines
+
+
+def _loaded(model: str, there: ModelHost) -> str:
+    if there.state == "loading":
+        return f"{model} {there.percent} %"
+    return f"{model} (unloading)" if there.state == "unloading" else model
 
 
 def summary_line(status: MeshStatus) -> str:

@@ -43,7 +43,7 @@ q             leave
 
 CSS = """
 #head { height: 1; padding: 0 1; text-wrap: nowrap; text-overflow: ellipsis; }
-#gauges { height: 3; padding: 0 1; text-wrap: nowrap; }
+#gauges { height: auto; padding: 0 1; text-wrap: nowrap; }
 
 #panes { height: 1fr; layout: vertical; }
 #panes > * { height: 2fr; border: round $secondary; border-title-align: left; }

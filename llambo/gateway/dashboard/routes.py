@@ -38,7 +38,7 @@ from llambo.mesh.client.client import Client
 from llambo.mesh.service import clock
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError, printable
-from llambo.mesh.wire.reports import DrainReply, RequestStory
+from llambo.mesh.wire.reports import DrainReply, HoldReply, RequestStory
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class Watches:
 
 
 async def _answers(client: Client, before: Picture) -> Answers:
-    return Answers(
+    found = Answers(
         *await asyncio.gather(
             client.status(),
             client.workers(),
@@ -214,6 +214,8 @@ async def _answers(client: Client, before: Picture) -> Answers:
             client.recent(before.last_sample),
         )
     )
+    # An older broker knows nothing of hosts.
+    return replace(found, hosts=await client.hosts()) if any(row.hosts for row in found.status.models) else found
 
 
 def _event(message: Message) -> bytes:
@@ -225,6 +227,18 @@ class DrainBody(msgspec.Struct):
     worker: Name
     undo: bool = False
     move: bool = False
+
+
+class LoadBody(msgspec.Struct):
+    model: Name
+    host: Name
+    pin: bool = False
+    undo: bool = False
+
+    async def carry_out(self, client: Client) -> HoldReply:
+        if self.undo:
+            return await client.release_model(self.model, host=self.host)
+        return await client.hold_model(self.model, host=self.host, pin=self.pin)
 
 
 class CancelBody(msgspec.Struct):
@@ -268,22 +282,13 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
         ):
             raise StatusError(415, "send application/json")
 
-    def file(request: HttpRequest, name: str) -> Response[bytes]:
-        asset = files.get(name)
-        if asset is None:
-            raise StatusError(404, f"there is no file {name[:80]!r}")
-        headers = {"cache-control": CACHING, "etag": asset.tag}
-        if request.headers.get("if-none-match") == asset.tag:
-            return Response(b"", status_code=304, headers=headers)
-        return Response(asset.body, headers=headers, media_type=asset.type)
-
     @get("/")
     async def page(request: HttpRequest) -> Response[bytes]:
-        return file(request, PAGE)
+        return _file(request, files, PAGE)
 
     @get("/board/{name:str}")
     async def part(request: HttpRequest, name: str) -> Response[bytes]:
-        return file(request, name)
+        return _file(request, files, name)
 
     @get("/board/live")
     async def live(request: HttpRequest) -> ASGIApp:
@@ -299,14 +304,28 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
     async def drain(request: HttpRequest, data: DrainBody) -> DrainReply:
         return await (await _client(request)).drain(data.worker, data.undo, move=data.move)
 
+    @post("/board/load", status_code=200)
+    async def load(request: HttpRequest, data: LoadBody) -> HoldReply:
+        return await data.carry_out(await _client(request))
+
     @post("/board/cancel", status_code=200)
     async def cancel(request: HttpRequest, data: CancelBody) -> dict[str, str]:
         return {"reason": await (await _client(request)).cancel(data.id)}
 
     return [
         Router("/", route_handlers=[page, part], include_in_schema=False),
-        Router("/", route_handlers=[live, story, drain, cancel], guards=[admins_only], include_in_schema=False),
+        Router("/", route_handlers=[live, story, drain, load, cancel], guards=[admins_only], include_in_schema=False),
     ]
+
+
+def _file(request: HttpRequest, files: dict[str, Asset], name: str) -> Response[bytes]:
+    asset = files.get(name)
+    if asset is None:
+        raise StatusError(404, f"there is no file {name[:80]!r}")
+    headers = {"cache-control": CACHING, "etag": asset.tag}
+    if request.headers.get("if-none-match") == asset.tag:
+        return Response(b"", status_code=304, headers=headers)
+    return Response(asset.body, headers=headers, media_type=asset.type)
 
 
 async def _client(request: HttpRequest) -> Client:

@@ -12,10 +12,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from llambo.mesh.wire.naming import is_in_class
 from llambo.mesh.wire.reports import (
     EndedRow,
     EventRow,
+    HostRow,
+    MemoryRow,
     MeshStatus,
+    ModelHost,
     ModelRow,
     Recent,
     RequestRow,
@@ -41,6 +45,43 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     """What the page gets of a row: ages are replaced by moments, in milliseconds since 1970."""
 
 
+class ModelView(View, frozen=True, kw_only=True):
+    model: str
+    #: As `ModelRow.state`.
+    state: str
+    kind: str
+    workers: int
+    slots: int
+    waiting: int
+    fake: bool
+    note: str
+
+
+class HostedView(View, frozen=True, kw_only=True):
+    """A model at a host that loads it on demand."""
+
+    #: The model and the host.
+    id: str
+    model: str
+    host: str
+    kind: str
+    state: str
+    percent: int
+    bytes: int
+    pinned: bool
+    holders: list[str]
+    note: str
+    loads: int
+    in_use: bool
+    #: When it was used last; 0: it is not loaded.
+    used: int
+
+
+class HostView(View, frozen=True, kw_only=True):
+    host: str
+    memory: dict[str, MemoryRow]
+
+
 class MeshView(View, frozen=True, kw_only=True):
     broker: str
     policy: str
@@ -53,7 +94,7 @@ class MeshView(View, frozen=True, kw_only=True):
     waiting: int
     tokens_per_s: float
     requests_per_s: float
-    models: list[ModelRow]
+    models: list[ModelView]
     counters: dict[str, int]
     #: When the broker started.
     since: int
@@ -164,6 +205,7 @@ class Answers:
     requests: list[RequestRow]
     events: list[EventRow]
     recent: Recent
+    hosts: list[HostRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +214,8 @@ class Picture:
     mesh: MeshView | None = None
     workers: dict[str, WorkerView] = field(default_factory=dict)
     requests: dict[str, RequestView] = field(default_factory=dict)
+    hosted: dict[str, HostedView] = field(default_factory=dict)
+    hosts: dict[str, HostView] = field(default_factory=dict)
     #: The latest is last, in all three.
     ended: dict[str, EndedView] = field(default_factory=dict)
     events: dict[int, EventView] = field(default_factory=dict)
@@ -205,6 +249,7 @@ def picture(before: Picture, answers: Answers, now_ms: int) -> Picture:
     status, recent = answers.status, answers.recent
     mesh = _view(
         MeshView, status, counters={name: status.counters.get(name, 0) for name in _COUNTERS},
+        models=[_view(ModelView, row) for row in status.models],
         since=_moment(before.mesh.since if before.mesh else None, now_ms - status.up_ms),
     )  # fmt: skip
     ended = _latest(before.ended, recent.ended, lambda row: row.id, MEASURED, EndedView, now_ms)
@@ -214,6 +259,8 @@ def picture(before: Picture, answers: Answers, now_ms: int) -> Picture:
         requests={
             row.id: _request(row, before.requests.get(row.id), now_ms) for row in first_requests(answers.requests)
         },
+        hosted=_hosted(status.models, before.hosted, now_ms),
+        hosts={row.host: _view(HostView, row) for row in answers.hosts},
         ended=ended,
         events=_latest(before.events, answers.events, lambda row: row.number, EVENTS_SHOWN, EventView, now_ms),
         samples=_latest(before.samples, recent.samples, lambda row: row.number, SAMPLES_SHOWN, SampleView, now_ms),
@@ -243,11 +290,31 @@ def _worker(row: WorkerRow, before: WorkerView | None, now_ms: int) -> WorkerVie
     return _view(WorkerView, row, since=since, silent_s=row.heard_ms // 1_000 if row.heard_ms >= SILENT_MS else 0)
 
 
+def _hosted(rows: list[ModelRow], before: Mapping[str, HostedView], now_ms: int) -> dict[str, HostedView]:
+    """A model that is listed again with its class is not another one."""
+    names = {row.model for row in rows}
+    found = {}
+    for row in rows:
+        for there in row.hosts if not is_in_class(row.model, names) else ():
+            id = f"{row.model} {there.host}"
+            found[id] = _at_host(id, row, there, before.get(id), now_ms)
+    return found
+
+
+def _at_host(id: str, row: ModelRow, there: ModelHost, before: HostedView | None, now_ms: int) -> HostedView:
+    known = before.used if before is not None and before.used and there.idle_ms else None
+    used = 0 if there.idle_ms < 0 else _moment(known, now_ms - there.idle_ms)
+    return _view(
+        HostedView, there, id=id, model=row.model, kind=row.kind, in_use=not there.idle_ms,
+        used=before.used if before is not None and before.in_use and not there.idle_ms else used,
+    )  # fmt: skip
+
+
 def _request(row: RequestRow, before: RequestView | None, now_ms: int) -> RequestView:
     return _view(RequestView, row, at=_moment(before.at if before else None, now_ms - row.age_ms))
 
 
-def _view(kind: type[V], row: msgspec.Struct, **computed: Any) -> V:
+def _view(kind: type[V], row: msgspec.Struct, /, **computed: Any) -> V:
     """The fields that the view has; those that the row does not have are `computed`."""
     return kind(**{name: getattr(row, name) for name in kind.__struct_fields__ if name not in computed}, **computed)
 
@@ -291,6 +358,8 @@ def whole(now: Picture, now_ms: int) -> Message:
         "mesh": now.mesh or {},
         "workers": {"set": list(now.workers.values()), "gone": []},
         "requests": {"set": list(now.requests.values()), "gone": []},
+        "hosted": {"set": list(now.hosted.values()), "gone": []},
+        "hosts": {"set": list(now.hosts.values()), "gone": []},
         "ended": list(now.ended.values())[-ENDED_SHOWN:],
         "events": list(now.events.values()),
         "samples": list(now.samples.values()),
@@ -305,6 +374,8 @@ def changes(before: Picture, now: Picture, now_ms: int) -> Message | None:
         "mesh": _changed(before.mesh, now.mesh),
         "workers": _changed_rows(before.workers, now.workers, "worker"),
         "requests": _changed_rows(before.requests, now.requests, "id"),
+        "hosted": _changed_rows(before.hosted, now.hosted, "id"),
+        "hosts": _changed_rows(before.hosts, now.hosts, "host"),
         "ended": _fresh(before.ended, now.ended)[-ENDED_SHOWN:],
         "events": _fresh(before.events, now.events),
         "samples": _fresh(before.samples, now.samples),

@@ -242,9 +242,9 @@ TaskResult = tasks.TokenizeResult | tasks.DetokenizeResult | tasks.EmbedResult |
 class TaskRefused(Exception):
     """The task cannot be done, on any worker; `info` gives the reason."""
 
-    def __init__(self, code: Code, text: str) -> None:
+    def __init__(self, code: Code, text: str, hint: str = "") -> None:
         super().__init__(text)
-        self.info = ErrorInfo(code, text)
+        self.info = ErrorInfo(code, text, hint=hint)
 
 
 def unreadable(start: Start, error: Exception) -> TaskRefused:

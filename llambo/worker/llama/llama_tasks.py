@@ -52,6 +52,8 @@ ROWS_BESIDE = 16
 SHARE = 0.5
 #: Weight of the newest measurement.
 NEWEST = 0.25
+#: What to do about a text that is too long.
+SPLIT = "split it, or use a model with a longer context"
 #: Upper bounds for the map of a result, and for the token count of each text.
 OVERHEAD_BYTES, PER_TEXT_BYTES, PER_SCORE_BYTES = 256, 8, 16
 
@@ -301,7 +303,7 @@ class Tasks:
             raise TaskRefused(Code.BAD_REQUEST, f"text {number} is empty")
         if len(tokens) > self._context:
             problem = f"text {number} has {len(tokens)} tokens; the context has {self._context}"
-            raise TaskRefused(Code.TOO_LONG, problem)
+            raise TaskRefused(Code.TOO_LONG, problem, SPLIT)
         return tokens
 
     def _begin_rerank(self, start: Start, now_ms: int, began: float) -> None:
@@ -311,7 +313,7 @@ class Tasks:
         for number, text in enumerate(texts):
             if len(text) > self._context:
                 problem = f"document {number} has {len(text)} tokens with the query; the context has {self._context}"
-                raise TaskRefused(Code.TOO_LONG, problem)
+                raise TaskRefused(Code.TOO_LONG, problem, SPLIT)
         check_size(start, OVERHEAD_BYTES + len(texts) * PER_SCORE_BYTES, f"{len(texts)} scores")
         self._begin(start, texts, now_ms, began)
 

@@ -69,7 +69,7 @@ def _load(
     file = gguf.read(path)
     purpose = purpose_of(file)
     if purpose.problem:
-        raise llama.LoadError(f"{path} cannot be served: it is {purpose.problem}")
+        raise llama.LoadError(f"{path} is {purpose.problem}")
     bar = ProgressBar(send, drawn=not configure.hosted)
     # What is free on a GPU is true until the next worker of this machine allocates its model.
     shares_gpu = options.gpu_layers != 0 and library.supports_gpu

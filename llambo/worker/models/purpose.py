@@ -52,7 +52,7 @@ def purpose_of(file: ModelFile) -> Purpose:
         causal = not encoder and file.meta.get(f"{file.architecture}.attention.causal") is not False
         yes_or_no = file.architecture in YES_OR_NO
         return Purpose("rerank", pooling, True, encoder, not causal, yes_or_no, _rerank_problem(file, yes_or_no))
-    problem = "" if pooling else f"its pooling, number {number}, is not known"
+    problem = "" if pooling else f"an embedding model whose pooling, number {number}, is not known"
     # Only the last token of a text that is computed in several steps has seen all of it.
     causal = not encoder and file.meta.get(f"{file.architecture}.attention.causal") is not False
     whole = not (causal and pooling == "last")

@@ -87,11 +87,13 @@ function showLead(mesh, now) {
   const numbers = mesh.mesh;
   const [all, ready] = [numbers.workers ?? 0, numbers.ready ?? 0];
   let line = `${count(ready)} of ${many(all, "worker")} ${ready === 1 ? "is" : "are"} ready`;
-  if (!all) line = "No worker has joined yet";
+  const idle = !all && mesh.hosts.size > 0;
+  if (idle) line = "No model is loaded";
+  else if (!all) line = "No worker has joined yet";
   else if (ready === all) line = all === 1 ? "The one worker is ready" : all === 2 ? "Both workers are ready" : `All ${count(all)} workers are ready`;
   else if (!ready) line = all === 1 ? "The one worker is not ready" : `None of ${count(all)} workers is ready`;
   setText($("headline"), mesh.problem ? "The mesh does not answer" : line);
-  setData($("headline"), "tone", mesh.problem || !ready ? "warn" : "calm");
+  setData($("headline"), "tone", mesh.problem || (!ready && !idle) ? "warn" : "calm");
   setText($("subline"), mesh.problem ? `${mesh.problem}. Below is the last known state.` : sentence(mesh, now));
   setText($("broker"), numbers.broker ?? "");
 }

@@ -30,6 +30,15 @@ export function figure(ms) {
   return [fine.format(ms / 60_000), "min"];
 }
 
+export function bytes(value) {
+  const units = ["B", "KiB", "MiB", "GiB"];
+  while (value >= 1024 && units.length > 1) {
+    value /= 1024;
+    units.shift();
+  }
+  return `${number(value)} ${units[0]}`;
+}
+
 export const shortId = (id) => id.slice(0, 8);
 
 /** So that worker-10 comes after worker-9. */

@@ -6,6 +6,7 @@ import { Mesh } from "./mesh.js";
 import * as activity from "./activity.js";
 import * as confirm from "./confirm.js";
 import * as figures from "./figures.js";
+import * as models from "./models.js";
 import * as places from "./places.js";
 import * as playground from "./playground.js";
 import * as requests from "./requests.js";
@@ -21,7 +22,7 @@ let leave = null;
 let due = 0;
 let connected = false;
 
-for (const part of [activity, confirm, figures, places, playground, requests, story, workers]) part.begin();
+for (const part of [activity, confirm, figures, models, places, playground, requests, story, workers]) part.begin();
 beginTheme();
 beginSignIn();
 look();
@@ -68,6 +69,7 @@ function draw() {
     if (connected) link(mesh.problem ? "lost" : "live", mesh.problem ? "The broker does not answer" : "Live");
     figures.show(mesh);
     workers.show(mesh, token);
+    models.show(mesh, token);
     requests.show(mesh);
     activity.show(mesh);
     places.show(mesh);

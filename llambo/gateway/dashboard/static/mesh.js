@@ -15,6 +15,8 @@ export class Mesh {
     this.mesh = {};
     this.workers = new Map();
     this.requests = new Map();
+    this.hosted = new Map();
+    this.hosts = new Map();
     this.ended = [];
     this.events = [];
     this.samples = [];
@@ -47,6 +49,11 @@ export class Mesh {
       merge(this.requests, message.requests.set, "id");
       for (const row of message.requests.set) pace(this.requests.get(row.id), message.now);
       for (const id of message.requests.gone) this.requests.delete(id);
+    }
+    for (const [kind, key] of [["hosted", "id"], ["hosts", "host"]]) {
+      if (!message[kind]) continue;
+      merge(this[kind], message[kind].set, key);
+      for (const name of message[kind].gone) this[kind].delete(name);
     }
     if (message.ended) this.ended = [...this.ended, ...message.ended].slice(-ENDED);
     if (message.events) this.events = describe([...this.events, ...message.events].slice(-EVENTS));

@@ -24,10 +24,13 @@ export function begin() {
   $("answer-story").addEventListener("click", () => open(id));
 }
 
+/** A model that is stored is loaded when it is asked. */
+const canAnswer = (model) => (model.workers || model.state === "stored") && !["embed", "rerank"].includes(model.kind);
+
 /** The models to choose from. The current choice is kept. */
 export function show(mesh, withToken) {
   token = withToken;
-  const names = (mesh.mesh.models ?? []).filter((model) => model.workers).map((model) => model.model);
+  const names = (mesh.mesh.models ?? []).filter(canAnswer).map((model) => model.model);
   const select = $("model");
   const known = [...select.options].map((option) => option.value);
   if (names.join("\n") !== known.join("\n")) {
