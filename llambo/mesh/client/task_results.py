@@ -51,6 +51,7 @@ class RankedDocument:
     index: int
     #: How well it fits the query: from 0 to 1, unless raw scores were asked for.
     score: float
+    #: As it was given.
     document: str
 
 
