@@ -7,6 +7,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 
 from tests.sim import mutants
@@ -21,6 +22,7 @@ def main() -> int:
         "--check-every", type=int, default=1, help="check the broker's invariants after every nth event"
     )
     parser.add_argument("--brokers", type=int, default=0, help="so many in each run, and not as the seed says")
+    parser.add_argument("--hosts", action="store_true", help="worlds with hosts, which load models on demand")
     parser.add_argument("--without", metavar="GUARD", help="take one guard out and stop at the first seed that notices")
     parser.add_argument("--guards", action="store_true", help="list the guards")
     parser.add_argument("--story", action="store_true", help="print more stories than the first three")
@@ -30,19 +32,21 @@ def main() -> int:
         return 0
     if args.without:
         mutants.install(args.without)
+        args.hosts = args.hosts or mutants.GUARDS[args.without].hosts
     seeds = range(args.first, args.first + args.seeds)
     return _run(seeds, args)
 
 
-def _reports(seeds: Iterable[int], jobs: int, check_every: int, brokers: int) -> Iterator[object]:
+def _reports(seeds: Iterable[int], jobs: int, check_every: int, brokers: int, hosts: bool) -> Iterator[object]:
     from tests.sim.runner import run_seed
 
+    run = partial(run_seed, hosts=hosts)
     work = ((seed, check_every, brokers) for seed in seeds)
     if jobs == 1:
-        yield from (run_seed(item) for item in work)
+        yield from (run(item) for item in work)
         return
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        yield from pool.imap_unordered(run_seed, work, chunksize=20)
+        yield from pool.imap_unordered(run, work, chunksize=20)
 
 
 def _run(seeds: range, args: argparse.Namespace) -> int:
@@ -50,7 +54,7 @@ def _run(seeds: range, args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     tally = Tally()
-    for report in _reports(seeds, args.jobs, args.check_every, args.brokers):
+    for report in _reports(seeds, args.jobs, args.check_every, args.brokers, args.hosts):
         tally.add(report)  # type: ignore[arg-type]
         if args.without and tally.bad:
             break

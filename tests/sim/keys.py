@@ -12,16 +12,17 @@ from random import Random
 from llambo.mesh.wire.identity import Identity
 from tests.sim.faults import FAULTS_END_MS, Plan
 
-#: One world of so many has keys.
+#: One world of so many has keys; 0: none.
 ONE_OF = 5
 #: Enough for the largest request of a world; some have to wait until others are done.
 BYTES = (0, 0, 0, 1_500_000)
 
 
 class Keys:
-    def __init__(self, seed: int, plan: Plan) -> None:
+    def __init__(self, seed: int, plan: Plan, one_of: int = ONE_OF) -> None:
         random = Random(f"keys of {seed}")
-        self.there = random.random() < 1 / ONE_OF
+        drawn = random.random()
+        self.there = one_of > 0 and drawn < 1 / one_of
         #: A worker's key is in the wrong hands.
         self.hostile = self.there and Random(f"hostile in {seed}").random() < 0.5
         #: Of what brokers seal.

@@ -23,6 +23,8 @@ class Guard(NamedTuple):
     without_it: str
     #: Noticed soon only where there are so many brokers; 0: in any world.
     brokers: int = 0
+    #: In worlds with hosts.
+    hosts: bool = False
 
     @property
     def path(self) -> Path:
@@ -37,6 +39,8 @@ _DELIVERY, _ENDING, _MEMBERSHIP = (
 _DRAINING = "llambo.broker.workers.draining"
 _SUSPICION = "llambo.broker.requests.suspicion"
 _QUEUE, _STATE = "llambo.broker.records.fair_share", "llambo.broker.records.state"
+_WISHES = "llambo.broker.placement.wishes"
+_LOADING, _HOSTED = "llambo.worker.host.loading_core", "llambo.worker.host.hosted_model"
 _CLAIMED = "if seq <= beat.seq and key not in beat.claims]"
 
 GUARDS: dict[str, Guard] = {
@@ -129,6 +133,32 @@ GUARDS: dict[str, Guard] = {
     "a seal is for one worker": Guard("llambo.broker.records.seals", "+ time + worker.encode()", "+ time"),
     "no partial result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
+    ),
+    "budget of a host": Guard(_LOADING, "if not wait and fits(needs, free):", "if not wait:", hosts=True),
+    "one engine for a model": Guard(
+        _LOADING, "if name in self.models and not self.models[name].loaded]", "if name in self.models]", hosts=True
+    ),
+    "what is in use stays loaded": Guard(
+        _HOSTED,
+        """return self.state == "ready" and self.active == 0 and not self.holders""",
+        """return self.state == "ready" and not self.holders""",
+        hosts=True,
+    ),
+    "what is held stays loaded": Guard(
+        _HOSTED,
+        """return self.state == "ready" and self.active == 0 and not self.holders""",
+        """return self.state == "ready" and self.active == 0""",
+        hosts=True,
+    ),
+    "a model is loaded in one place": Guard(
+        "llambo.broker.placement.decide",
+        """if model.state == "loading" or model.name in room.load:""",
+        "if model.name in room.load:",
+        hosts=True,
+    ),
+    "a wish is sent again": Guard(_WISHES, " or (unmet and read):", ":", hosts=True),
+    "a load that fails ends its requests": Guard(
+        _WISHES, "if hopeless or request.place.queued_at <= since:", "if False:", hosts=True
     ),
 }
 

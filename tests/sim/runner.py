@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from tests.sim.on_demand import DemandWorld
 from tests.sim.world import Report, World
 
 
-def run_seed(item: tuple[int, ...]) -> Report:
+def run_seed(item: tuple[int, ...], *, hosts: bool = False) -> Report:
     """Seed, how often to check the invariants, and how many brokers (0: as the seed says)."""
-    return World(*item).run()
+    return (DemandWorld if hosts else World)(*item).run()
 
 
 @dataclass
@@ -25,6 +26,9 @@ class Tally:
     stale: int = 0
     repaired: int = 0
     poisoned: int = 0
+    loads: int = 0
+    unloads: int = 0
+    refused: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     bad: list[Report] = field(default_factory=list)
 
@@ -40,6 +44,9 @@ class Tally:
             "stale",
             "repaired",
             "poisoned",
+            "loads",
+            "unloads",
+            "refused",
         )
         for name in counts:
             setattr(self, name, getattr(self, name) + getattr(report, name))
@@ -59,6 +66,7 @@ class Tally:
             f"{self.adopted} adopted, {self.poisoned} ended as poison, "
             f"{self.stale} stale chunks refused, {self.repaired} repairs, "
             f"{self.duplicates_per_token:.3f} duplicate frames per token\n"
+            f"{self.loads} models loaded, {self.unloads} unloaded, {self.refused} ended without their model\n"
             + ", ".join(f"{self.kinds[kind]} {kind}" for kind in found)
             + f"\n{self.runs - len(self.bad)} passed, {len(self.bad)} failed"
         )

@@ -52,6 +52,13 @@ NOTICED_BY = {
     "only what was sealed is adopted": 1,
     "a seal is for one worker": 201,
     "no partial result": 46,
+    "budget of a host": 2,
+    "one engine for a model": 0,
+    "what is in use stays loaded": 23,
+    "what is held stays loaded": 3,
+    "a model is loaded in one place": 28,
+    "a wish is sent again": 26,
+    "a load that fails ends its requests": 2,
 }
 
 
@@ -75,4 +82,5 @@ def test_removing_a_guard_is_noticed(guard: str) -> None:
 @pytest.mark.parametrize("guard", NOTICED_BY)
 def test_the_same_run_passes_with_the_guard(guard: str) -> None:
     assert NOTICED_BY[guard] < SEEDS
-    assert not run_seed((NOTICED_BY[guard], CHECK_EVERY, GUARDS[guard].brokers)).wrong
+    seed = (NOTICED_BY[guard], CHECK_EVERY, GUARDS[guard].brokers)
+    assert not run_seed(seed, hosts=GUARDS[guard].hosts).wrong

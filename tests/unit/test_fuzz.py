@@ -113,6 +113,21 @@ def test_an_attach_that_holds_no_tokens_but_junk(when: str, held: list[bytes]) -
     assert client.problems[-1].id == id
 
 
+def test_a_request_that_waits_is_found_in_the_queue_when_a_client_brings_tokens() -> None:
+    # Given a request that waits, of a model that its client had at another broker
+    _, worker, client = small_mesh(slots=1)
+    client.submit(1)
+    id = client.submit(2, max_tokens=3, fingerprint="f")
+    # When a client attaches that has tokens of it: it waits for this very model from now on
+    client.send(m.Attach(id, 1, [tokens.encode_chunk(id + worker.key()[16:], 0, [7], [b"x"], 0)]))
+    assert client.problems == []
+    # Then it can be taken out of the queue, and it was in there once
+    client.send(m.Cancel(id))
+    assert [end.count for end in client.ends if end.id == id] == [1]
+    worker.end(0)
+    assert len(worker.dispatches) == 1
+
+
 def test_an_engine_lost_that_names_a_run_twice() -> None:
     # Given a request with all its tokens, whose END has not come
     _, worker, client = small_mesh()

@@ -199,7 +199,7 @@ def accepts(state: State, request: Request, held: list[bytes], now_ms: int) -> b
     request.measured.counted = request.transcript.next_index
     if waits:
         state.queue.put(request, now_ms)
-        if not dispatching.finish_complete(state, request, now_ms):
+        if not dispatching.finish_complete(state, request, now_ms) and not request.place.awaiting_run:
             state.open_lane(request.lane)
             dispatching.pump(state, request.lane, now_ms)
     else:
