@@ -56,9 +56,9 @@ def test_a_folder_that_has_keys_stays_and_other_addresses_are_explained(place: s
 def test_with_keys_the_lines_that_up_prints_work(place: str) -> None:
     with up("--bind", "127.0.0.1", "--keys", place, "--engine", "fake", "--http-port", "0") as (mesh, running):
         shown = [line.strip() for line in running.out if line.startswith("    ")]
-        assert [line.split()[0] for line in shown] == ["export", "llambo", "llambo", "llambo", "curl"]
+        assert [line.split()[0] for line in shown] == ["export", "llambo", "llambo", "llambo", "TOKEN=$(llambo", "curl"]
         curl = shown[-1].replace("curl http", "curl -sS http")
-        script = "\n".join(["set -e", shown[0], *shown[2:4], curl])
+        script = "\n".join(["set -e", shown[0], *shown[2:5], curl])
         path = f"{BIN}:{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", "-c", script], check=False, capture_output=True, text=True, timeout=TIMEOUT_S,
