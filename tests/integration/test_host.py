@@ -297,15 +297,15 @@ def test_the_memory_of_real_models_stays_within_the_budget(tmp_path: Path) -> No
         needs = broker.models["one"].needs[RAM]
         assert needs <= 900 * MIB < 2 * needs
         most = Peak(host.pid)
-        for load, evict in (("one", "two"), ("two", "one"), ("one", "two")):
+        for load, evict in (("one", "two"), ("two", "one")):
             broker.place(load, evict=(evict,))
             broker.are(**{load: "ready"})
             serves(mesh, f"box-{load}")
             mesh.run(stream(mesh, load, 20))
             assert len(children(host.pid)) == 1
         assert most.end() <= 900 * MIB, f"{most.bytes // MIB} MiB were resident"
-        assert most.samples > 100 and most.bytes > 100 * MIB
-        assert broker.models["one"].loads == 2
+        assert most.samples > 50 and most.bytes > 100 * MIB
+        assert broker.models["one"].loads == broker.models["two"].loads == 1
         broker.until(lambda broker: "later" in broker.models, "a file that appears is found")
         assert broker.models["damaged"].state == "failed" and "damaged" in broker.models["damaged"].note
 
