@@ -73,7 +73,7 @@ def test_load_unload_and_what_is_listed(ask: Commands, client: SyncClient) -> No
     assert "a is loaded on box, and stays until `llambo unload a`" in ask.ok("load", "a").out
     assert "b is loaded on box, and stays for 30 min" in ask.ok("load", "b", "--on", "box", "--ttl", "30m").out
     listed = [" ".join(line.split()) for line in ask.ok("models").out.splitlines()]
-    assert any(line.startswith("a box ready 40 MiB") and " anyone " in line for line in listed), listed
+    assert any(line.startswith("a box ready 40 MiB") and line.endswith(" anyone") for line in listed), listed
     assert "box: 80 MiB of 100 MiB in use, 2 of 4 models loaded" in listed
     # What is held makes no room; a request waits, says why, and is served as soon as there is room
     with ask.start("send", "--json", "--model", "c", "--max-tokens", "3", "hi") as sending:
