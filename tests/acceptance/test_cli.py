@@ -407,7 +407,7 @@ def test_models_of_the_host_are_listed_without_a_broker(tmp_path: Path) -> None:
 
     assert shown.splitlines()[-1].startswith("served: no broker answers at tcp://127.0.0.1:1")
     (line,) = [line for line in shown.splitlines() if "tiny.gguf" in line]
-    assert line.split()[3:] == ["llama", "F32", "512", "models", "folder", "yes"]
+    assert line.split()[3:] == ["generate", "llama", "F32", "512", "models", "folder", "yes"]
     assert (found["mesh"], found["problem"].split(" at ")[0]) == (None, "no broker answers")
     assert {Path(each["path"]).name: each["problem"] for each in found["host"] if each["where"] == "models folder"} == {
         "tiny.gguf": "",
@@ -471,6 +471,7 @@ def test_lists_are_plain_text_in_a_pipe_and_json_when_asked(mesh: Commands) -> N
     (model,) = listed["mesh"]
     assert model == {
         "model": "fake", "workers": 2, "loading": 0, "slots": 8, "waiting": 0, "fake": True, "variants": [],
+        "kind": "generate", "hosts": [], "note": "",
     }  # fmt: skip
     assert listed["problem"] == ""
     last = mesh.ok("events", "--json").json()[-1]["number"]

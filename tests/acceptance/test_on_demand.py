@@ -16,9 +16,11 @@ import pytest
 
 from llambo import SyncClient
 from llambo.cli.kit.failure import Exit
+from llambo.mesh.security import api_tokens
+from llambo.mesh.wire.identity import Identity
 from llambo.mesh.wire.reports import ModelHost
 from llambo.testing.commands import Commands
-from llambo.testing.mesh import Mesh
+from llambo.testing.mesh import Mesh, key_folder
 from llambo.testing.processes import TIMEOUT_S
 from tests.integration.gateway_process import GatewayProcess, chat
 
@@ -71,7 +73,7 @@ def test_load_unload_and_what_is_listed(ask: Commands, client: SyncClient) -> No
     assert "a is loaded on box, and stays until `llambo unload a`" in ask.ok("load", "a").out
     assert "b is loaded on box, and stays for 30 min" in ask.ok("load", "b", "--on", "box", "--ttl", "30m").out
     listed = [" ".join(line.split()) for line in ask.ok("models").out.splitlines()]
-    assert any(line.startswith("a box ready 40 MiB") and " anyone " in line for line in listed), listed
+    assert any(line.startswith("a box ready 40 MiB") and line.endswith(" anyone") for line in listed), listed
     assert "box: 80 MiB of 100 MiB in use, 2 of 4 models loaded" in listed
     # What is held makes no room; a request waits, says why, and is served as soon as there is room
     with ask.start("send", "--json", "--model", "c", "--max-tokens", "3", "hi") as sending:
@@ -110,6 +112,39 @@ def test_the_calls_of_llama_server(client: SyncClient, gateway: GatewayProcess) 
     assert b": loading c on box, " in received, received
     assert received.index(b": loading c") < received.index(b"data: ")
     assert received.rstrip().endswith(b"data: [DONE]")
+
+
+def test_a_token_may_load_what_its_key_may_ask(tmp_path: Path) -> None:
+    folder = key_folder(tmp_path / "keys", boss="admin", ann="client", gateway="client")
+    folder.add(Identity("bob", "client", models=("b",)), int(time.time()))
+    ann, bob, boss = (
+        {"authorization": f"Bearer {api_tokens.issue(folder, name, 0)}"} for name in ("ann", "bob", "boss")
+    )
+    with Mesh(workers=0, keys=folder) as mesh:
+        mesh.spawn_host("box", "a:40,b:40", "--memory-bytes", "100MiB", "--min-loaded-ms", "0").line("is ready")
+        with (
+            GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,
+            SyncClient(mesh.address, key=folder.export("boss")) as client,
+        ):
+
+            def load(token: dict[str, str], what: str = "load", **fields: Any) -> int:
+                return gateway.ask("POST", f"/models/{what}", {"model": "a", **fields}, **token)[0]
+
+            until(lambda: {row.model for row in client.models()} == {"a", "b"}, "the models are known")
+            assert load({}) == 401
+            assert load(bob) in (403, 404)
+            assert load(ann, pin=True) == 403
+            assert load(ann) == 200
+            until(lambda: at_box(client)["a"].state == "ready", "a is loaded")
+            # What ann gives back, the admin holds still
+            assert load(boss, pin=True) == 200
+            until(lambda: at_box(client)["a"].pinned, "a is pinned")
+            assert load(ann, "unload") == 200
+            until(lambda: at_box(client)["a"].holders == ["boss"], "ann has given it back")
+            assert at_box(client)["a"].state == "ready"
+            assert [row["id"] for row in gateway.get("/models", **bob)["data"]] == ["b"]
+            assert load(boss, "unload") == 200
+            until(lambda: at_box(client)["a"].state == "stored", "a is unloaded")
 
 
 def test_the_dashboard_loads_and_unloads(client: SyncClient, gateway: GatewayProcess) -> None:

@@ -172,6 +172,8 @@ def cases(mesh: HostileMesh, folder: Path) -> dict[str, list[list[str]]]:
                         asked("send", "--max-tokens", str(ERROR), "hi")],
         "llambo attach": [asked("attach", one), asked("attach", "--json", failed)],
         "llambo embed": [asked("embed", "x"), asked("embed", "--model", EVIL, "x")],
+        "llambo load": [asked("load", EVIL)],
+        "llambo unload": [asked("unload", EVIL)],
         "llambo rerank": [asked("rerank", "x", "y"), asked("rerank", "--model", EVIL, "x", "y")],
         "llambo tokens": [asked("tokens", "x"), asked("tokens", "--back", "1", "2")],
         "llambo status": [asked("status"), asked("status", "--json")],

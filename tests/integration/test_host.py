@@ -257,6 +257,10 @@ def test_a_killed_engine_touches_no_other_model() -> None:
         broker.until(lambda broker: broker.models["a"].loads == 2, "the other engine is reported")
         assert broker.states["b"] == ["stored", "loading", "ready"]
         assert mesh.look(lambda core: core.state.counters.peers.workers_lost) == 0
+        engines = host.children()
+        host.kill()
+        for pid in engines:
+            wait_until_gone(pid)
 
 
 def test_a_host_that_stops_lets_its_runs_finish() -> None:
@@ -288,24 +292,29 @@ def test_the_memory_of_real_models_stays_within_the_budget(tmp_path: Path) -> No
         os.link(model_files.find("smollm2"), tmp_path / f"{name}.gguf")
     words = ("--engine", "llama", "--slots", "1", "--ctx", "512", "--min-loaded-ms", "0")
     with hosting(str(tmp_path), *words, budget=900) as (mesh, broker, host):
+        os.link(tmp_path / "one.gguf", tmp_path / "later.gguf")
+        (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
         needs = broker.models["one"].needs[RAM]
         assert needs <= 900 * MIB < 2 * needs
         most = Peak(host.pid)
-        for load, evict in (("one", "two"), ("two", "one"), ("one", "two")):
+        for load, evict in (("one", "two"), ("two", "one")):
             broker.place(load, evict=(evict,))
             broker.are(**{load: "ready"})
             serves(mesh, f"box-{load}")
             mesh.run(stream(mesh, load, 20))
             assert len(children(host.pid)) == 1
         assert most.end() <= 900 * MIB, f"{most.bytes // MIB} MiB were resident"
-        assert broker.models["one"].loads == 2
+        assert most.samples > 50 and most.bytes > 100 * MIB
+        assert broker.models["one"].loads == broker.models["two"].loads == 1
+        broker.until(lambda broker: "later" in broker.models, "a file that appears is found")
+        assert broker.models["damaged"].state == "failed" and "damaged" in broker.models["damaged"].note
 
 
 class Peak:
     """The most memory that a process and its descendants have had resident at a time."""
 
     def __init__(self, pid: int) -> None:
-        self.bytes = 0
+        self.bytes = self.samples = 0
         self._pid = pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -313,13 +322,12 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
-            total = 0
-            for pid in (self._pid, *family(self._pid)):
-                try:
-                    total += rss_bytes(pid)
-                except (FileNotFoundError, ProcessLookupError):
-                    continue  # it has ended meanwhile
+            try:
+                total = sum(map(rss_bytes, (self._pid, *family(self._pid))))
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # one of them has ended meanwhile
             self.bytes = max(self.bytes, total)
+            self.samples += 1
 
     def end(self) -> int:
         self._stop.set()

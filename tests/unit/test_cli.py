@@ -655,7 +655,7 @@ def test_who_writes_past_the_filter() -> None:
     folder = ROOT / "llambo/cli"
     found = {str(file.relative_to(folder)) for file in folder.rglob("*.py") if past.search(file.read_text())}
     assert found == {
-        "chat/screen.py", "commands/workers.py", "doctor/doctor.py", "kit/answer_views.py", "kit/follow.py",
+        "chat/screen.py", "doctor/doctor.py", "kit/answer_views.py", "kit/follow.py", "kit/progress.py",
         "kit/std_streams.py", "kit/tables.py", "shell/own_commands.py",
     }  # fmt: skip
 

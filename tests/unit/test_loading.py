@@ -73,13 +73,14 @@ def test_models_at_hosts_are_listed_with_why_and_who(capsys: pytest.CaptureFixtu
     ]
     table = shown[shown.index("") + 1 :]
     assert table == [
-        "MODEL HOST STATE SIZE USED HELD BY LOADS NOTE",
-        "a box ready 40 MiB 3.0 s ago pinned, ann, 1 more 0 -",
-        "b box loading 41 % 40 MiB - - 0 -",
-        "c box stored 40 MiB - - 0 -",
-        "d box failed 40 MiB - - 0 out of memory; next try in 5.0 s",
-        "d box2 stored 40 MiB - - 0 -",
+        "MODEL HOST STATE SIZE LOADS USED HELD BY",
+        "a box ready 40 MiB 0 3.0 s ago pinned, ann, 1 more",
+        "b box loading 41 % 40 MiB 0 - -",
+        "c box stored 40 MiB 0 - -",
+        "d box failed 40 MiB 0 - -",
+        "d box2 stored 40 MiB 0 - -",
         "",
+        "d on box: out of memory; next try in 5.0 s",
         "box: 80 MiB of 100 MiB, 0 B of 200 MiB of CUDA0 in use, 1 of 4 models loaded",
     ]
 

@@ -23,7 +23,7 @@ LOAD_EXAMPLES = """
 llambo load coder                  on the host where it fits best
 llambo load coder --on box2
 llambo load coder --ttl 30m        until then
-llambo load embedder --pin         never unloaded for another model; for admins
+llambo load embedder --pin         never unloaded for another; admins only
 """
 UNLOAD_EXAMPLES = """
 llambo unload coder

@@ -36,8 +36,8 @@ llambo send --model tiny "What is AI?"
 COLUMNS = ("model", "size", "kind", "architecture", "quantisation", "context", "where", "loads")
 #: Columns that a narrow terminal leaves out.
 SPARE = ("where", "quantisation", "architecture")
-ON_HOSTS = ("model", "host", "state", "size", "used", "held by", "loads", "note")
-SPARE_ON_HOSTS = ("loads", "size", "note")
+ON_HOSTS = ("model", "host", "state", "size", "loads", "used", "held by")
+SPARE_ON_HOSTS = ("loads", "size")
 #: Without a broker the models of the mesh are unknown; those of this host are listed all the same.
 NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
 #: Errors of a mesh that does not have the model.
@@ -218,8 +218,12 @@ def show_hosts(found: Sequence[ModelRow], hosts: Sequence[HostRow]) -> None:
     rows = [_on_host(row.model, there) for row in found for there in row.hosts if not is_in_class(row.model, names)]
     if rows:
         click.echo()
-        table(ON_HOSTS, rows, fixed=2, spare=SPARE_ON_HOSTS)
+        table(ON_HOSTS, rows, fixed=3, spare=SPARE_ON_HOSTS)
         click.echo()
+    for row in found:
+        for there in row.hosts if not is_in_class(row.model, names) else ():
+            if note := host_note(there):
+                click.echo(one_line(f"{row.model} on {there.host}: {note}"))
     for host in hosts:
         click.echo(one_line(host_text(host)))
 
@@ -230,10 +234,9 @@ def _on_host(model: str, there: ModelHost) -> Row:
         there.host,
         f"loading {there.percent} %" if there.state == "loading" else there.state,
         size(there.bytes),
+        number(there.loads),
         "" if there.idle_ms < 0 else "now" if not there.idle_ms else number(duration(there.idle_ms), " ago"),
         held_text(there),
-        number(there.loads),
-        host_note(there),
     )
 
 
