@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.sim.runner import Tally, run_seed
 
 SEEDS = 100
-HOST_SEEDS = 40
+HOST_SEEDS = 20
 
 
 def test_the_whole_fault_model_loses_nothing() -> None:

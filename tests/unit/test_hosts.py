@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from llambo.mesh.wire import limits, reports
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire import reports
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import Identity
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
@@ -480,6 +480,16 @@ def test_a_model_that_workers_without_a_host_serve_needs_no_holder() -> None:
     reply = held(bench.client(), "a")
     assert (reply.state, reply.host) == ("ready", "")
     assert "always loaded" in reply.note
+
+
+def test_a_host_that_takes_no_more_holders_is_not_asked_again() -> None:
+    bench = Bench(**NEVER_LOST)
+    holders = [f"h{number}" for number in range(limits.HOLDERS_PER_MODEL)]
+    host, client = bench.host("box", model("a", "ready", holders=holders)), bench.client()
+    held(client, "a", holder="x")
+    host.beat()
+    assert len(host.received(m.Hold)) == 1
+    assert not bench.state.hosts.holds
 
 
 def test_a_hold_without_hope_is_refused_with_the_cause() -> None:

@@ -19,6 +19,7 @@ from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.records.request import Request
 from llambo.broker.records.state import State
 from llambo.broker.requests import ending, same_model
+from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.naming import in_class
@@ -216,8 +217,10 @@ def _is_done(state: State, host: HostEntry, hold: PendingHold) -> bool:
     if name is None:
         return True  # it has no such model any more
     model = host.models[name]
+    if not hold.undo and hold.holder not in model.holders:
+        return len(model.holders) >= limits.HOLDERS_PER_MODEL  # it takes no more
     if not hold.undo:
-        return hold.seq > 0 and hold.holder in model.holders and (model.pinned or not hold.pin)
+        return hold.seq > 0 and (model.pinned or not hold.pin)
     if hold.holder:
         return hold.holder not in model.holders
     return not model.holders and not model.pinned and model.state not in ("ready", "loading")
