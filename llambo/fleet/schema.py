@@ -123,7 +123,9 @@ SCALE = (
 
 #: Settings that the fleet itself chooses for each worker.
 _OURS = frozenset({"name", "class"})
-WORKER_SETTINGS = {key: row for key, row in SECTIONS["worker"].items() if key not in _OURS}
+#: Settings of a host, which runs several models: a node of a class is a worker with one.
+_OF_HOSTS = frozenset({"models", "memory_bytes", "model_ttl_ms", "min_loaded_ms", "helper_percent"})
+WORKER_SETTINGS = {key: row for key, row in SECTIONS["worker"].items() if key not in _OURS | _OF_HOSTS}
 BROKER_SETTINGS = {key: row for key, row in SECTIONS["broker"].items() if key not in {"name", "keys"}}
 #: Keys that people try, and what they mean.
 ALSO_CALLED = {
