@@ -96,7 +96,7 @@ def wait_to_send(socket: zmq.Socket[bytes], frames: Sequence[bytes], what: str) 
 
 def ends(frames: Frames, decoder: codec.Codec[Any]) -> bool:
     """Whether it ends the session or the work under attack, as the protocol allows."""
-    ends = (m.Goodbye, m.Drain, m.ClientHello, m.WorkerHello, m.Welcome)
+    ends = (m.Goodbye, m.Drain, m.ClientHello, m.WorkerHello, m.HostHello, m.Welcome)
     return any(
         isinstance(message, ends)
         or (isinstance(message, m.Problem) and message.error.code is Code.UNKNOWN_SESSION)
