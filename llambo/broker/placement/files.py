@@ -2,7 +2,7 @@
 
 A pull is a model, by the name of its source, and the hosts that are to have it. An admin has asked for it
 (`PullModel`), or a host itself, whose `--models` names it. What a host has is known from its reports. From both follows
-what each host is told (`FetchFiles`), again with each of its heartbeats, so it does not matter which message is lost.
+what each host is sent (`FetchFiles`), again with each of its heartbeats, so it does not matter which message is lost.
 
     sources    of a host that is to get it: those that have all of it, then the one that downloads it, then those that
                have its beginning
@@ -27,7 +27,7 @@ from llambo.mesh.wire.errors import Code, ErrorInfo
 
 #: Pulls at a time; more are refused as busy.
 PULLS = 32
-#: A pull that is done, and that nobody asks about any more, is forgotten; one that is not done, after a day.
+#: A pull that is done is forgotten when it was not asked about for so long; one that is not done, after a day.
 DONE_MS, OLD_MS = 60_000, 86_400_000
 #: For so long it is waited for the answers of hosts that may have it.
 LOOK_MS = 3_000
@@ -126,9 +126,9 @@ def settle(state: State, now_ms: int) -> None:
         _appoint(state, pull, now_ms)
         _decide(state, pull, orders, grants)
     for host in hosts.sessions.values():
-        told = (orders.get(host.name, []), grants.get(host.name, []))
-        if host.hello.fetches and told != host.files_told:
-            host.files_told = told
+        now = (orders.get(host.name, []), grants.get(host.name, []))
+        if host.hello.fetches and now != host.files_sent:
+            host.files_sent = now
             tell(state, host)
 
 
@@ -137,7 +137,7 @@ def tell(state: State, host: HostEntry) -> None:
     if host.backlog.full:
         return
     host.beats.seq += 1
-    state.to_host(host, m.FetchFiles(host.beats.seq, *host.files_told))
+    state.to_host(host, m.FetchFiles(host.beats.seq, *host.files_sent))
 
 
 def _file(host: HostEntry, pull: Pull) -> m.HostedFile:

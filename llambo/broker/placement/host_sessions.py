@@ -84,7 +84,7 @@ def reported(state: State, host: HostEntry, beat: m.HostHeartbeat, blob: bytes, 
     if beat.models or beat.memory:
         _take(state, host, beat, now_ms)
         files.reported(state, host, beat.files, now_ms)
-    if any(host.files_told):
+    if any(host.files_sent):
         files.tell(state, host)
     wishes.confirmed(state, host, beat.seq)
 

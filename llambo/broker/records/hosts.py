@@ -45,7 +45,7 @@ class HostEntry:
         "backlog",
         "beats",
         "files",
-        "files_told",
+        "files_sent",
         "hello",
         "link",
         "memory",
@@ -69,9 +69,9 @@ class HostEntry:
         #: By the name that the host uses.
         self.models: dict[str, m.HostedModel] = {}
         self.memory: dict[str, m.Memory] = {}
-        #: Of models by the name of their source, as reported; and the orders and grants that it was told last.
+        #: Of models by the name of their source, as reported; and the orders and grants that it was sent last.
         self.files: dict[str, m.HostedFile] = {}
-        self.files_told: tuple[list[m.FileOrder], list[m.FileGrant]] = ([], [])
+        self.files_sent: tuple[list[m.FileOrder], list[m.FileGrant]] = ([], [])
         self.usage: dict[str, ModelUse] = {}
         #: What is wanted of it, and what it was sent last: over which route, with which sequence number.
         self.wishes = self.sent = Wishes()

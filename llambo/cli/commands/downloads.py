@@ -32,7 +32,7 @@ llambo pull hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF:Q5_K_M
 llambo pull hf:ORG/REPO/FOLDER/FILE.gguf
 llambo pull ollama:llama3.2:1b
 llambo pull https://example.org/x.gguf#sha256=SUM   checked against it
-llambo pull hf:ORG/REPO --to all                    to all hosts; one of them downloads it
+llambo pull hf:ORG/REPO --to all                 to all hosts of the mesh
 """
 EXAMPLES_RM = """
 llambo rm hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF:Q5_K_M
@@ -100,13 +100,13 @@ def _pull_at(common: Common, ref: str, to: str, *, as_json: bool) -> None:
         show_json(msgspec.to_builtins(reply))
     else:
         for host in reply.hosts:
-            click.echo(f"{host.host}  {_told(host)}")
+            click.echo(f"{host.host}  {_shown(host)}")
     if bad:
         text = f"{len(bad)} of {len(reply.hosts)} hosts do not have {ref}"
         raise Failure(f"{text}: {bad[0].host}: {bad[0].note}", "the same command goes on from there")
 
 
-def _told(host: PullHost) -> str:
+def _shown(host: PullHost) -> str:
     if host.state != "here":
         return f"{host.state}: {host.note}"
     if not host.outside:

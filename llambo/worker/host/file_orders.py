@@ -35,7 +35,7 @@ class FileOrders:
         self._given: dict[int, _Given] = {}
         self._orders: dict[str, m.FileOrder] = {}
         self._grants: tuple[m.FileGrant, ...] = ()
-        #: Those that a thread works on, as it was told last.
+        #: Those that a thread works on, by the last order.
         self._active: dict[str, m.FileOrder] = {}
         self.files: dict[str, m.HostedFile] = {}
         #: Named for this host, and not here.

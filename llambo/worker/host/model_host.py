@@ -59,7 +59,7 @@ from llambo.worker.host.host_events import (
     WorkerEnded,
 )
 from llambo.worker.share.model_fetch import ModelFetch
-from llambo.worker.share.share_server import Library, ShareServer
+from llambo.worker.share.share_server import ShareServer, Stock
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class ModelHost:
         on_ready: Callable[[], None] = lambda: None,
         notifier: Notifier | None = None,
     ) -> None:
-        self._library = Library()
+        self._library = Stock()
         self._share = ShareServer(config.share, config.key, self._library) if config.share else None
         if self._share is not None:
             config = replace(config, share=reachable(self._share.host, self._share.port, config.brokers[0]))
@@ -170,12 +170,12 @@ class ModelHost:
                 self._handle(ControlArrived(number, bundle.session, bundle.messages))
 
     def _handle_posted(self, event: Posted) -> None:
-        if isinstance(event, Found):
+        if isinstance(event, Scanned):
             self._models |= event.models  # what is loaded may have gone from the folder
             event = ModelsFound([each.stored for each in event.models.values()], event.missing)
         elif isinstance(event, FetchReport):
             if self._fetches.get(event.file.ref) is not event.fetch:
-                return  # it was told to stop
+                return  # it was stopped
             if event.file.state in ENDED:
                 del self._fetches[event.file.ref]
                 self._looker.look_now()
@@ -281,7 +281,7 @@ def reachable(bound_to: str, port: int, broker: str) -> str:
     return sockets.endpoint(bound_to, port)
 
 
-class Found(NamedTuple):
+class Scanned(NamedTuple):
     """What the catalogue has: by the name in the mesh, and what is named and missing."""
 
     models: dict[str, Servable]
@@ -293,7 +293,7 @@ class FetchReport(NamedTuple):
     file: m.HostedFile
 
 
-Posted = Found | FetchReport | HostEvent
+Posted = Scanned | FetchReport | HostEvent
 
 
 class Inbox:
@@ -394,12 +394,12 @@ class Looker:
         self._due.set()
 
     def _run(self) -> None:
-        last: Found | None = None
+        last: Scanned | None = None
         problem = ""
         while not self._stopped:
             self._due.clear()
             try:
-                found = Found(self._catalogue.scan(), self._catalogue.missing_refs)
+                found = Scanned(self._catalogue.scan(), self._catalogue.missing_refs)
             except (BadName, OSError) as error:
                 if str(error) != problem:
                     problem = str(error)

@@ -210,7 +210,7 @@ class FetchCore:
 
     def _choose(self, source: _Source, now_ms: int) -> int | None:
         """The first that was asked of no other host; or else the first that another one takes too long for."""
-        late, patience_ms = None, max(STEAL_MS, 2 * (source.took_ms or USUAL_MS))
+        late, late_ms = None, max(STEAL_MS, 2 * (source.took_ms or USUAL_MS))
         for number in self._window():
             if number >= len(source.sums):
                 break
@@ -221,6 +221,6 @@ class FetchCore:
             since = [each.asked[number] for each in able if number in each.asked]
             if not since:
                 return number
-            if late is None and len(since) < ASKED_TWICE and now_ms - max(since) >= patience_ms:
+            if late is None and len(since) < ASKED_TWICE and now_ms - max(since) >= late_ms:
                 late = number
         return late

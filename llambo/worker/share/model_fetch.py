@@ -35,7 +35,7 @@ from llambo.worker.share.fetch_core import (
     FetchCore,
     WriteChunk,
 )
-from llambo.worker.share.share_server import Library, sums_of
+from llambo.worker.share.share_server import Stock, sums_of
 from llambo.worker.store import chunk_sums, part_file, pull, refs
 from llambo.worker.store.chunk_sums import CHUNK_BYTES
 from llambo.worker.store.part_file import Blob, PartFile, WrongBytes
@@ -81,7 +81,7 @@ class _Connection:
 class ModelFetch:
     """`report` is called in the thread, the last time with one of the states absent, here or failed."""
 
-    def __init__(self, order: m.FileOrder, key: PeerKey | None, library: Library, report: Report) -> None:
+    def __init__(self, order: m.FileOrder, key: PeerKey | None, library: Stock, report: Report) -> None:
         self._order = order
         self._key = key
         self._library = library
@@ -175,7 +175,7 @@ class ModelFetch:
                     self._send(source, s.AskModel(source.ticket))
             self._tell("waiting")
             for source, answer, _ in self._answers():
-                if isinstance(answer, s.Model):
+                if isinstance(answer, s.ModelFiles):
                     model = answer.model
                     facts = [pull.FileFacts(each.path, each.size, each.sha256) for each in model.files]
                     try:
@@ -333,7 +333,7 @@ class _Bring:
                 if keep:
                     self._early[number] = data
                 return actions
-            case s.Refused(text):
+            case s.NotGiven(text):
                 log.debug("%s refuses: %s", host, text)
                 return core.on_refused(host, now_ms)
             case _:

@@ -1,7 +1,7 @@
 """What two hosts say to each other about files of models. One frame each; a `Chunk` has its bytes in a second one.
 
-A host asks, the other one answers. Each question shows the ticket that a broker has drawn for it. What is said here is
-not trusted: sizes and names are checked, and each chunk against its sha256 before it is written.
+A host asks, the other one answers. Each question shows the ticket that a broker has drawn for it. Nothing here is
+trusted: sizes and names are checked, and each chunk against its sha256 before it is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SUMS = 32_768
 SUM_BYTES = 32
 #: Files of one model.
 FILES = 1_000
-#: What Ollama's registry has said about a model.
+#: The answer of Ollama's registry about a model.
 MANIFEST_BYTES = 1024 * 1024
 #: A chunk is as long as in `store.part_file`.
 FRAME_BYTES = 4 * 1024 * 1024 + 4_096
@@ -63,7 +63,7 @@ class AskChunk(Message, frozen=True):
     number: Number
 
 
-class Model(Message, frozen=True):
+class ModelFiles(Message, frozen=True):
     model: SharedModel
 
 
@@ -80,7 +80,7 @@ class Chunk(Message, frozen=True):
     number: Number
 
 
-class Refused(Message, frozen=True):
+class NotGiven(Message, frozen=True):
     """It is not given: there is no such grant, or no such file any more."""
 
     text: Annotated[str, Meta(max_length=256)]
@@ -88,4 +88,4 @@ class Refused(Message, frozen=True):
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(AskModel | AskSums | AskChunk).decode
-decode_answer = msgspec.msgpack.Decoder(Model | Sums | Chunk | Refused).decode
+decode_answer = msgspec.msgpack.Decoder(ModelFiles | Sums | Chunk | NotGiven).decode

@@ -39,7 +39,7 @@ DRAIN = 64
 DOMAIN = "llambo.share"
 
 
-class Library:
+class Stock:
     """The models that can be given away: those that are here, and what there is of those that are being fetched."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Library:
 class ShareServer:
     """`address`: as in --share. Raises LlamboError if it cannot listen there."""
 
-    def __init__(self, address: str, key: PeerKey | None, library: Library) -> None:
+    def __init__(self, address: str, key: PeerKey | None, library: Stock) -> None:
         host, port = sockets.split(address)
         self._library = library
         self._grants = Grants()
@@ -156,34 +156,34 @@ class ShareServer:
         try:
             asked = s.decode_question(frame)
         except UNDECODABLE as error:
-            return [s.encode(s.Refused(printable(str(error))[:256]))]
+            return [s.encode(s.NotGiven(printable(str(error))[:256]))]
         ref = self._grants.ref_for(asked.ticket, key)
         if ref is None:
-            return [s.encode(s.Refused("no broker has granted this"))]
+            return [s.encode(s.NotGiven("no broker has granted this"))]
         try:
             made = self._library.find(ref)
             if made is None:
-                return [s.encode(s.Refused("this model is not here"))]
+                return [s.encode(s.NotGiven("this model is not here"))]
             return self._about(made, ref, asked)
         except (OSError, refs.StoreError, msgspec.ValidationError) as error:
             log.warning("%s cannot be given to another host: %s", ref, error)
-            return [s.encode(s.Refused("its files cannot be read"))]
+            return [s.encode(s.NotGiven("its files cannot be read"))]
 
     def _about(self, made: pull.Download, ref: str, asked: s.AskModel | s.AskSums | s.AskChunk) -> list[bytes]:
         if isinstance(asked, s.AskModel):
             files = [s.SharedFile(*each) for each in made.facts]
             if any(not each.sha256 for each in files):
-                return [s.encode(s.Refused("its sha256 is not known before it is whole"))]
-            return [s.encode(s.Model(s.SharedModel(ref, files, made.commit, made.manifest)))]
+                return [s.encode(s.NotGiven("its sha256 is not known before it is whole"))]
+            return [s.encode(s.ModelFiles(s.SharedModel(ref, files, made.commit, made.manifest)))]
         blob = next((each for each in made.blobs if each.sha256 == asked.sha256), None)
         if blob is None:
-            return [s.encode(s.Refused("this file is not one of the model"))]
+            return [s.encode(s.NotGiven("this file is not one of the model"))]
         if isinstance(asked, s.AskSums):
             sums = sums_of(blob)[asked.first : asked.first + s.SUMS]
             return [s.encode(s.Sums(asked.sha256, asked.first, b"".join(sums)))]
         data = self.chunk(blob, asked.number)
         if not data:
-            return [s.encode(s.Refused("this chunk is not here"))]
+            return [s.encode(s.NotGiven("this chunk is not here"))]
         return [s.encode(s.Chunk(asked.sha256, asked.number)), data]
 
     @staticmethod

@@ -31,7 +31,7 @@ _YES = ("1", "on", "yes", "true")
 
 
 class FileFacts(NamedTuple):
-    """A file of a model, as its source or another host describes it. Without a sha256 the source has told none."""
+    """A file of a model, as its source or another host describes it. Without a sha256 the source has none."""
 
     path: str
     size: int
@@ -101,7 +101,7 @@ def publish(made: Download, ref: Ref) -> Path:
 
 
 def described(ref: Ref, facts: list[FileFacts], commit: str, manifest: bytes) -> Download:
-    """As `plan`, but what the source has is told by another host. Raises StoreError if it is not what the name says."""
+    """As `plan`, by what another host has stated. Raises StoreError if it is not what the name says."""
     match ref:
         case HubRef():
             made = _hub_made(ref, commit, facts)
