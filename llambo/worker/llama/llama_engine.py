@@ -149,7 +149,7 @@ class LlamaEngine:
         self._setup = setup
         self._model = setup.load(send)
         self._decoder = llama.Decoder(self._model, layout)
-        self.batcher = Batcher(layout.slots, self._decoder.context, layout.batch)
+        self.batcher = Batcher(layout.slots, self._decoder.context, self._decoder.rows)
         self._shared = llama.shared_candidates(self._model)
         self._guides = Guides(self._model)
         self._streams: dict[bytes, Stream] = {}
