@@ -180,7 +180,7 @@ class HostConfig:
     budget: dict[str, int] = field(default_factory=dict)
     #: A model is unloaded when nothing has used it for so long; 0: never.
     model_ttl_ms: int = 0
-    #: A model stays so long at least, once it is ready.
+    #: A model stays so long at least, once it is ready; or a few times as long as its load took, if that is less.
     min_loaded_ms: int = 30_000
     #: The part of the budget that models for embeddings and reranking can have for themselves.
     helper_percent: int = 20

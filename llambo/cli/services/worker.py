@@ -173,7 +173,7 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
         drain_ms=settings.number("drain_ms"),
         stall_ms=settings.number("stall_ms"),
     )
-    check_models(hosted_names(settings), config, settings.aliases)
+    check_models(hosted_names(settings), config, settings.aliases, program)
     return config
 
 
@@ -194,8 +194,9 @@ def _adapters(settings: Settings, engine: str, served_as: str) -> tuple[Adapter,
         raise Failure(str(error), error.hint or model_files.GET) from error
 
 
-def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mapping[str, str]) -> None:
-    """What --models names has to be there at the start."""
+def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mapping[str, str], program: str) -> None:
+    """What --models names has to be there at the start. `llambo up` does not start without any model; a host that
+    runs as a service waits for the first file."""
     from llambo.worker.host import catalogue
     from llambo.worker.models import model_files
 
@@ -205,6 +206,11 @@ def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mappin
         raise Failure(f"--models: {error}", "with --engine fake: --models a:200,b:300", Exit.USAGE) from error
     except model_files.NoSuchModel as error:
         raise Failure(f"--models: {error}", error.hint or model_files.GET) from error
+    if names and template.engine != "fake" and not catalogue.has_model(names, aliases):
+        text = f"--models: there is no model in {', '.join(names)}"
+        if program == "llambo up":
+            raise Failure(text, f"{program} --models hf:ORG/REPO   takes names, too\n  {model_files.GET}")
+        print_notice(f"{program}: {text} yet")
 
 
 def brokers_of(addresses: str) -> tuple[str, ...]:

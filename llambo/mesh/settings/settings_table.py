@@ -257,7 +257,8 @@ _WORKER = (
         "start, but for a margin"),
     row("worker.model_ttl_ms", Kind.MS, 0, "a model that nothing has used for so long is unloaded; 0: never",
         high=_LONGEST_MS),
-    row("worker.min_loaded_ms", Kind.MS, 30_000, "a model stays loaded for so long at least", high=_LONGEST_MS),
+    row("worker.min_loaded_ms", Kind.MS, 30_000, "a model stays loaded for so long, or for five times as long as its "
+        "load took, if that is less", high=_LONGEST_MS),
     row("worker.helper_percent", Kind.NUMBER, 20, "percent of the memory that models for embeddings and reranking can "
         "have without being unloaded for others", high=100),
     row("worker.ctx", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: the model's, at most 4096, "

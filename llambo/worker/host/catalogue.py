@@ -140,9 +140,8 @@ class Catalogue:
     def _named_by(self, named: str) -> Iterator[tuple[str, Path]]:
         """Raises NoSuchModel."""
         if is_folder(named, self._aliases):
-            for path in model_files.below(Path(named).expanduser()):
-                if refs.is_model(path.name):
-                    yield mesh_name(str(path)), path
+            for path in _in_folder(named):
+                yield mesh_name(str(path)), path
         else:
             found = model_files.resolve(named, self._aliases)
             yield found.served_as, found.path
@@ -216,6 +215,15 @@ def check_names(
             fake_model(name, template)
         elif not is_folder(name, aliases):
             model_files.resolve(name, aliases)
+
+
+def has_model(names: tuple[str, ...], aliases: Mapping[str, str] = model_files.NO_ALIASES) -> bool:
+    """Of names that were checked: whether one of them is more than a folder without models."""
+    return any(not is_folder(name, aliases) or any(_in_folder(name)) for name in names)
+
+
+def _in_folder(folder: str) -> Iterator[Path]:
+    return (path for path in model_files.below(Path(folder).expanduser()) if refs.is_model(path.name))
 
 
 def _called(servable: Servable, name: str) -> Servable:
