@@ -9,8 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from llambo import Client, LlamboError
-from tests.chaos import checker, http_check, leaks, promises, report
+from tests.chaos import checker, hosts, http_check, leaks, promises, report
 from tests.chaos.checker import Wrong
 from tests.chaos.history import Journal, Line, read
 from tests.chaos.injector import Injector
@@ -45,7 +47,7 @@ async def _ask_why(plan: Plan, folder: Path, world: World) -> None:
             story: Any
             try:
                 async with Client(world.address(number), query_ms=2_000) as client:
-                    story = (await client.why(wrong.id)).story
+                    story = msgspec.to_builtins((await client.why(wrong.id)).story)
             except LlamboError as error:
                 story = [{"at_ms": 0, "what": "nothing", "detail": error.text}]
             world.journal.write("knows", id=wrong.id, broker=broker.name, story=story)
@@ -59,13 +61,17 @@ def examine(plan: Plan, folder: Path, seconds: float) -> tuple[report.Totals, li
     times = promises.judge(harness, lease_ms=plan.lease_ms, stall_ms=plan.stall_ms)
     leaked = leaks.judge(lines, folder, fake=plan.engine == "fake")
     over_http = http_check.judge(lines)
+    models = hosts.judge(lines, streams, plan.budget_mib * hosts.MIB, plan.queue_ms) if plan.models else hosts.Found()
     if plan.gateways:
         # Brokers that stand still notice nothing in time; what is left over, and what is broken, counts.
         times.wrong = [wrong for wrong in times.wrong if wrong.sort != promises.LATE]
-    wrong = [*streams.wrong, *times.wrong, *leaked, *over_http.wrong]
+    wrong = [*streams.wrong, *times.wrong, *leaked, *over_http.wrong, *models.wrong]
     story = report.story(wrong[0], lines, _whys(lines, wrong[0])) if wrong else []
     return (
-        report.totals(plan, streams, times, seconds) | {"wrong leak": len(leaked)} | report.http_totals(over_http),
+        report.totals(plan, streams, [*times.wrong, *models.wrong], times, seconds)
+        | {"wrong leak": len(leaked)}
+        | report.http_totals(over_http)
+        | hosts.totals(models),
         wrong,
         report.slopes(harness),
         story,

@@ -351,6 +351,14 @@ def test_the_models_of_a_host_have_to_be_there_at_the_start(monkeypatch: pytest.
     assert result.exit_code == Exit.ERROR and "--models: there is no file /nowhere/x.gguf" in result.stderr
 
 
+def test_a_mesh_without_any_model_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("llambo.worker.llama.binding.missing", lambda configured: "")
+    monkeypatch.setattr("llambo.cli.services.up.run", lambda made: pytest.fail("it starts"))
+    result = llambo("up", "--models", str(tmp_path))
+    assert result.exit_code == Exit.ERROR
+    assert f"--models: there is no model in {tmp_path}" in result.stderr and "llambo pull hf:ORG/REPO" in result.stderr
+
+
 @pytest.mark.parametrize("value", ["all", "1.5", "-2", "100001"])
 def test_gpu_layers_are_auto_or_a_number(value: str) -> None:
     result = CliRunner().invoke(worker.main, ["--gpu-layers", value])

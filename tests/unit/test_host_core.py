@@ -28,6 +28,7 @@ from llambo.worker.host.host_events import (
     WorkerChanged,
     WorkerEnded,
 )
+from llambo.worker.host.loading_core import STAY_LOADS
 
 T = TypeVar("T")
 YOUNG_MS = 30_000
@@ -94,6 +95,10 @@ class Rig:
         for model in models:
             self.on(WorkerChanged(model, ready=True))
         return self
+
+    def slowly(self, model: str, ms: int = YOUNG_MS) -> Rig:
+        """It is loaded in so long."""
+        return self.place(model).wait(ms).ready(model)
 
     def busy(self, model: str, active: int = 1) -> Rig:
         return self.on(WorkerChanged(model, ready=True, active=active))
@@ -252,26 +257,35 @@ def test_a_model_that_is_held_or_pinned_is_not_evicted(pin: bool) -> None:
 
 
 def test_a_model_that_was_loaded_a_moment_ago_is_not_evicted() -> None:
-    rig = Rig(ABC).place("a").ready("a").place("b").ready("b").clear()
+    rig = Rig(ABC).slowly("b").slowly("a").clear()
     for _ in range(YOUNG_MS // 1_000 - 1):
         assert rig.place("c", evict=("a",)).wait(1_000).unloaded == []
     assert rig.place("c", evict=("a",)).wait(1_000).unloaded == ["a"]
 
 
-def test_models_do_not_take_turns_faster_than_the_shortest_stay() -> None:
-    """Two brokers want different models, of which one fits."""
+def test_a_model_that_is_loaded_in_a_moment_is_protected_for_a_moment() -> None:
+    rig = Rig(ABC).slowly("b").slowly("a", 2_000).clear()
+    assert rig.place("c", evict=("a",)).wait(2_000 * STAY_LOADS - 1).unloaded == []
+    assert rig.place("c", evict=("a",)).wait(1).unloaded == ["a"]
+
+
+@pytest.mark.parametrize(("load_s", "fewest", "most"), [(1, 60, 100), (2, 30, 50), (10, 14, 16)])
+def test_models_do_not_take_turns_faster_than_the_shortest_stay(load_s: int, fewest: int, most: int) -> None:
+    """Two brokers want different models, of which one fits, for ten minutes. A sixth of these is the time of loads."""
     rig = Rig({"a": 60, "b": 60}, brokers=2)
-    loads = []
-    for _ in range(100):
+    loads, ready_at = [], {0: ""}
+    for second in range(600):
         rig.place("a", evict=("b",)).place("b", evict=("a",), broker=1).wait(1_000)
+        if model := ready_at.pop(second, ""):
+            rig.ready(model)
         while actions := rig.clear_after():
             for action in actions:
                 if isinstance(action, StartWorker):
                     loads.append(action.model)
-                    rig.ready(action.model)
+                    ready_at[second + load_s] = action.model
                 elif isinstance(action, UnloadWorker):
                     rig.on(WorkerEnded(action.model))
-    assert 3 <= len(loads) <= 5 and set(loads) == {"a", "b"}
+    assert fewest <= len(loads) <= most and set(loads) == {"a", "b"}
 
 
 def test_memory_that_is_freed_for_one_model_is_not_taken_by_the_next() -> None:
@@ -361,7 +375,7 @@ def test_after_an_out_of_memory_it_is_tried_once_more_with_everything_idle_gone(
 
 
 def test_after_an_out_of_memory_it_waits_until_young_models_may_go() -> None:
-    rig = Rig(ABC).place("a").ready("a").place("b").on(WorkerEnded("b", "out of memory", out_of_memory=True)).clear()
+    rig = Rig(ABC).slowly("a").place("b").on(WorkerEnded("b", "out of memory", out_of_memory=True)).clear()
     assert rig.wait(YOUNG_MS - 1).unloaded == []
     rig.clear().wait(1)
     assert rig.unloaded == ["a"]
@@ -544,7 +558,9 @@ class Workers:
         self.chance = chance
         #: Of each worker: its state, when that changes, how many runs it has, and its refusals.
         self.alive: dict[str, list[Any]] = {}
-        self.ready_at: dict[str, int] = {}
+        self.began: dict[str, int] = {}
+        #: From then on it may be unloaded.
+        self.old_at: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
 
     def follow(self) -> None:
@@ -553,6 +569,7 @@ class Workers:
         for action in rig.clear_after():
             if isinstance(action, StartWorker):
                 assert action.model not in self.alive, f"{action.model} is loaded twice"
+                self.began[action.model] = now
                 self.alive[action.model] = ["loading", now + self.chance.randrange(20_000), 0, 0]
                 taken = sum(self.sizes[name] for name in self.alive)
                 assert taken <= 100, f"{taken} of 100 bytes are taken"
@@ -560,7 +577,7 @@ class Workers:
                 worker = self.alive[action.model]
                 held = rig.core.loading.models[action.model].holders
                 assert not held, f"{action.model} is held by {held} and unloaded"
-                assert now >= self.ready_at[action.model] + YOUNG_MS, f"{action.model} is unloaded too soon"
+                assert now >= self.old_at[action.model], f"{action.model} is unloaded too soon"
                 if worker[2]:
                     worker[3] += 1
                     self.tell(action.model)
@@ -581,7 +598,8 @@ class Workers:
                     self.rig.on(WorkerEnded(model, "it failed", out_of_memory=self.chance.random() < 0.5))
                 else:
                     worker[0] = "ready"
-                    self.ready_at[model] = self.rig.now
+                    took_ms = self.rig.now - self.began[model]
+                    self.old_at[model] = self.rig.now + min(YOUNG_MS, STAY_LOADS * took_ms)
                     self.tell(model)
             elif state == "ending" and self.rig.now >= at:
                 del self.alive[model]

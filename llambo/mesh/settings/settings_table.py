@@ -249,13 +249,16 @@ _WORKER = (
     row("worker.engine", Kind.TEXT, "auto", "llama; or fake, which has no model and makes words up; auto: llama",
         choices=("auto", "llama", "fake")),
     row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; empty: smollm2"),
+    row("worker.lora", Kind.TEXT, "", "adapters of the model, as NAME=FILE with commas between; requests name them as "
+        "MODEL+NAME"),
     row("worker.models", Kind.TEXT, "", "folders, files and names of models, separated by commas: each is loaded when "
         "it is asked for"),
     row("worker.memory_bytes", Kind.BYTES, 0, "memory for all models that are loaded at a time; 0: what is free at the "
         "start, but for a margin"),
     row("worker.model_ttl_ms", Kind.MS, 0, "a model that nothing has used for so long is unloaded; 0: never",
         high=_LONGEST_MS),
-    row("worker.min_loaded_ms", Kind.MS, 30_000, "a model stays loaded for so long at least", high=_LONGEST_MS),
+    row("worker.min_loaded_ms", Kind.MS, 30_000, "a model stays loaded for so long, or for five times as long as its "
+        "load took, if that is less", high=_LONGEST_MS),
     row("worker.helper_percent", Kind.NUMBER, 20, "percent of the memory that models for embeddings and reranking can "
         "have without being unloaded for others", high=100),
     row("worker.share", Kind.TEXT, "", "where other hosts of the mesh may fetch files of its models, such as "

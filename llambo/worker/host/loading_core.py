@@ -9,7 +9,8 @@ This core follows them in turn, as far as these rules allow:
     busy        a model whose worker runs something is not unloaded. The worker has the last word: it refuses to stop
                 if a request has arrived in the meantime
     held        nor is one that somebody holds, or that is pinned
-    young       nor one that became ready less than `min_loaded_ms` ago, so that models do not take turns all the time
+    young       nor one that became ready a moment ago: within `STAY_LOADS` times as long as its load took, at most
+                `min_loaded_ms`. So models that take turns are being loaded for a sixth of the time at most
     helpers     nor a model for embeddings or reranking for one that generates, as long as those have no more than
                 their share of the budget
     no waste    a model is evicted only if the one that is wanted fits then
@@ -42,6 +43,8 @@ from llambo.worker.host.hosted_model import Holder, ModelAtHost, Sizes, add, fit
 
 #: The pause after a load that failed doubles from the first to the last.
 RETRY_MS = (5_000, 300_000)
+#: How many times as long as its load took a model stays at least.
+STAY_LOADS = 5
 #: The number of loaded models is limited like a kind of memory of this name, of which each takes one.
 _PLACES = ""
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._@-]+")
@@ -278,10 +281,14 @@ class Loading:
         return any(model.state == "unloading" for model in self.loaded)
 
     def _is_old(self, model: ModelAtHost, now_ms: int) -> bool:
-        old_at = model.history.ready_at + self.config.min_loaded_ms
+        old_at = self._old_at(model)
         if now_ms < old_at:
             self._wake(old_at)
         return now_ms >= old_at
+
+    def _old_at(self, model: ModelAtHost) -> int:
+        history = model.history
+        return history.ready_at + min(self.config.min_loaded_ms, STAY_LOADS * history.took_ms)
 
     def _protected(self, helper: ModelAtHost, model: ModelAtHost) -> bool:
         """A helper is not evicted for a model that generates while all helpers are within their share."""
@@ -299,7 +306,7 @@ class Loading:
             if model.unwanted:
                 self._unload(model, "as an operator wants")
             elif ttl_ms:
-                due = max(model.used_at + ttl_ms, model.history.ready_at + self.config.min_loaded_ms)
+                due = max(model.used_at + ttl_ms, self._old_at(model))
                 if now_ms >= due:
                     self._unload(model, f"idle for {(now_ms - model.used_at) // 1000} s")
                 else:
