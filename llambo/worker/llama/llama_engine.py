@@ -98,6 +98,8 @@ class Setup:
     #: Memory for embeddings, checked when the first one is requested. 0: not checked.
     embed_bytes: int = 0
     purpose: Purpose = field(default_factory=Purpose)
+    #: For `Ready.memory_bytes`.
+    measure: Callable[[], int] = lambda: 0
 
     def load(self, send: Callable[[Progress], None]) -> llama.Model:
         """Reports each percent."""
@@ -116,7 +118,7 @@ class Setup:
         note += f", {self.device_note}" if self.device_note else ""
         note += ", safe settings" if self.safe else ""
         info = ModelInfo(self.name, self.fingerprint, context, self.purpose.kind)
-        return Ready([info], self.layout.slots, note, str(llama.open_library()))
+        return Ready([info], self.layout.slots, note, str(llama.open_library()), self.measure())
 
     def facts(self, model: llama.Model, context: int) -> dict[str, Any]:
         """What `model_info` says of any model."""
