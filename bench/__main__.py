@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("requests", "latency", "tokens", "keys", "overload", "kills")
+NAMES = ("requests", "latency", "tokens", "keys", "overload", "kills", "thousand")
 #: On a real model; `beside` also builds and installs other servers.
 WITH_MODEL = ("engine", "beside", "hops", "newcomer", "turns", "gateway")
 

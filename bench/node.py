@@ -53,6 +53,12 @@ def gateway(options: dict[str, Any]) -> None:
     run_gateway(GatewayConfig(**options), access, lambda port: report(ports=[port]))
 
 
+def crowd(options: dict[str, Any]) -> None:
+    from bench.crowd import run  # noqa: PLC0415  # no other kind imports it
+
+    run(options)
+
+
 def traced_broker(options: dict[str, Any]) -> None:
     from bench.trace import trace_broker  # noqa: PLC0415  # no other kind imports it
 
@@ -119,5 +125,5 @@ def report(**what: Any) -> None:
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[3]))
     logging.disable(logging.WARNING)  # faults here are intended
-    kinds = (broker, worker, gateway, bare, traced_broker, traced_worker)
+    kinds = (broker, worker, crowd, gateway, bare, traced_broker, traced_worker)
     {kind.__name__: kind for kind in kinds}[sys.argv[1]](json.loads(sys.argv[2]))

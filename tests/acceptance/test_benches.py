@@ -12,6 +12,7 @@ SHORT = {
     "latency": ["--rounds", "1", "--requests", "10"],
     "tokens": ["--rounds", "1", "--streams", "20", "--length", "50"],
     "keys": ["--rounds", "1", "--seconds", "0.2", "--length", "20", "--requests", "10"],
+    "thousand": ["--workers", "10", "--seconds", "1", "--rate", "20", "--streams", "10", "--kills", "1"],
     "overload": ["--seconds", "1", "--peak-seconds", "1"],
     "engine": ["--threads", "1", "--tokens", "8", "--streams", "1", "3"],
     "hops": ["--threads", "1", "--requests", "3", "--warm", "1"],

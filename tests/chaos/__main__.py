@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos import places, report
-from tests.chaos.plan import GATEWAY_RATES, PRESETS, RATES, TARGETS, Plan, parse_faults, schedule
+from tests.chaos.plan import PRESETS, TARGETS, USUAL, Plan, parse_faults, schedule
 from tests.chaos.run import append_totals, disturb, examine
 
 #: Of one sort of finding, as many are shown.
@@ -77,8 +77,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     if options.list:
-        rates = {**RATES, **GATEWAY_RATES}
-        print("faults, how often a minute, whom: " + "; ".join(f"{k} {rates[k]:g} {TARGETS[k]}" for k in TARGETS))
+        print("faults, how often a minute, whom: " + "; ".join(f"{k} {USUAL[k]:g} {TARGETS[k]}" for k in TARGETS))
         print("\n".join(f"--preset {name}: {what}" for name, what in PRESETS.items()))
         return 0
     if options.sum:

@@ -20,6 +20,9 @@ LOST, DUPLICATED, WRONG, STALE, HUNG, ERROR, END = "lost", "duplicated", "wrong"
 POISON_DEATHS = 2
 SORTS = (LOST, DUPLICATED, WRONG, STALE, HUNG, ERROR, END)
 
+#: What a request for a model that is loaded on demand may get in place of an answer.
+REFUSALS = ("engine_failed", "busy", "expired")
+
 #: A silence within so long after a broker's end is taken to come of it.
 AFTER_RESTART_MS = 5_000
 
@@ -227,6 +230,8 @@ def _ends(streams: Streams, asked: Asked, reading: Reading, killed: bool, forese
         if foreseen and error["code"] == foreseen:
             streams.foreseen += 1
             return []
+        if "model" in submit and error["code"] in REFUSALS:
+            return []  # counted by hosts.py
         return [Wrong(ERROR, f"{error['code']}: {error['text']}", error["t"], asked.id)]
     if not reading.ends:
         if killed:

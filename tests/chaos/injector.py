@@ -77,7 +77,7 @@ class Injector:
 
     async def _of_worker(self, fault: Fault) -> None:
         worker = self._world.workers[fault.victim]
-        if not worker.ready.is_set() or not worker.engine():
+        if not worker.ready.is_set() or not (worker.engine() or fault.kind == "term"):
             self._say("skipped", fault, why="it is not there")
             return
         with self._under_fault(worker):
@@ -86,6 +86,10 @@ class Injector:
                     await self._kill(fault, worker)
                 case "stop":
                     await self._stop(fault, worker)
+                case "term":
+                    self._begin(fault, worker.name)
+                    await self._terminated(worker, fault.kind)
+                    self._say("healed", fault)
                 case "hang":
                     await self._hang(fault, worker)
                 case "drain" | "move":
@@ -96,7 +100,7 @@ class Injector:
                     await self._network(fault, worker)
 
     async def _kill(self, fault: Fault, worker: Node) -> None:
-        agent, engine, starts = worker.pid, worker.engine(), worker.starts
+        agent, engine, starts = worker.pid, worker.engine(fault.number), worker.starts
         self._world.saw(engine, worker.name)
         pids = {"agent": [agent], "engine": [engine], "both": [agent, engine]}[fault.what]
         self._begin(fault, worker.name, pid=agent)
@@ -246,7 +250,7 @@ class Injector:
         with contextlib.suppress(LlamboError, TimeoutError):
             async with asyncio.timeout(BACK_S), Client(self._world.address(number), name="watcher") as client:
                 while True:
-                    ready = {line.worker for line in await client.workers() if line.state == "ready"}
+                    ready = await self._world.ready_at(client)
                     missing = [name for name in self._world.healthy() if name not in ready]
                     if not missing:
                         ms = now_ms() - began
@@ -268,14 +272,17 @@ class Injector:
         self._begin(fault, "fleet")
         for worker in self._world.workers:
             with self._under_fault(worker):
-                process, starts, began = worker.process, worker.starts, now_ms()
-                if process is None:
-                    continue
-                worker.send(signal.SIGTERM)
-                code = await process.wait()
-                self._world.journal.write("emptied", whom=worker.name, how="rolling", ms=now_ms() - began, code=code)
-                await worker.restarted(starts)
+                await self._terminated(worker, fault.kind)
         self._say("healed", fault)
+
+    async def _terminated(self, worker: Node, how: str) -> None:
+        process, starts, began = worker.process, worker.starts, now_ms()
+        if process is None:
+            return
+        worker.send(signal.SIGTERM)
+        code = await process.wait()
+        self._world.journal.write("emptied", whom=worker.name, how=how, ms=now_ms() - began, code=code)
+        await worker.restarted(starts)
 
     async def _poison(self, fault: Fault) -> None:
         client = self._world.clients[0]

@@ -10,11 +10,12 @@ to write down by which dispatch each token was made.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 import zlib
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,6 +28,8 @@ from tests.chaos.history import Journal
 
 #: The shares of the ways in which answers are asked for; the rest are streams.
 GENERATED, DETACHED = 0.05, 0.10
+#: With models: the shares of requests whose model is held before, for so long, and of those that a pause precedes.
+HELD, HELD_MS, PAUSES = 0.03, 3_000, 0.5
 #: How long after its end an answer is looked at once more: nothing may have come.
 AFTERWARDS_S = 1.0
 #: After a request that failed, so that an outage is not asked about a thousand times a second.
@@ -43,6 +46,8 @@ class Options:
     seed: int
     streams: int
     tokens: tuple[int, int]
+    #: Those that may be asked for, and how often each is, beside the others; empty: requests name none.
+    models: dict[str, float] = field(default_factory=dict)
 
 
 class Spans:
@@ -124,19 +129,34 @@ class Load:
         await asyncio.sleep(random.random())
         while not self._closing:
             turn += 1
-            request = {
+            request: dict[str, Any] = {
                 "seed": random.getrandbits(62) + 1,
                 "prompt": f"{self._options.name} {number} {turn} {' '.join(random.sample(WORDS, 5))}",
                 "max": random.randint(*self._options.tokens),
             }
             draw = random.random()
+            if models := self._options.models:
+                (request["model"],) = random.choices(list(models), list(models.values()))
+                if random.random() < HELD:
+                    await self._hold(client, request["model"], f"{self._options.name}-{number}")
+                if random.random() < PAUSES:
+                    await asyncio.sleep(PAUSE_S * random.randint(1, 20))
             if not await self._ask(client, request, draw):
                 await asyncio.sleep(PAUSE_S)
+
+    async def _hold(self, client: Client, model: str, holder: str) -> None:
+        """Every other holder is given back at once; the others end by themselves. It may be refused: it is a wish."""
+        try:
+            await client.hold_model(model, holder=holder, ttl_ms=HELD_MS)
+            if len(self._later) % 2:
+                await client.release_model(model, holder=holder)
+        except LlamboError as error:
+            self._journal.write("not held", model=model, code=error.code.value, text=error.text)
 
     async def _ask(self, client: Client, request: dict[str, Any], draw: float) -> bool:
         """False if it failed."""
         id, reading = "", {}
-        options = {"seed": request["seed"], "max_tokens": request["max"]}
+        options = {"seed": request["seed"], "max_tokens": request["max"], "model": request.get("model", "")}
         try:
             if draw < DETACHED:
                 id = await client.submit(request["prompt"], **options)
@@ -150,6 +170,8 @@ class Load:
                 id = stream.id
                 self._journal.write("submit", id=id, how="generate" if whole else "stream", **request)
                 await self._read(stream, 0)
+            if "model" in request:
+                self._keep(asyncio.create_task(self._ask_what_it_waited_for(client, id)))
         except LlamboError as error:
             self._journal.write("error", id=id, code=error.code.value, text=error.text, **reading)
             await self._ask_why(client, id)
@@ -177,6 +199,13 @@ class Load:
         await asyncio.sleep(AFTERWARDS_S)
         while (piece := await stream.next_piece()) is not None:
             self._journal.write("chunk", **facts, i=piece.index, ids=piece.ids, d=[])
+
+    async def _ask_what_it_waited_for(self, client: Client, id: str) -> None:
+        """A broker that came later does not know."""
+        with contextlib.suppress(LlamboError, TimeoutError):
+            async with asyncio.timeout(2):
+                story = (await client.why(id)).story
+            self._journal.write("waited", **{"id": id, "for": [step.detail for step in story if step.what == "waits"]})
 
     async def _ask_why(self, client: Client, id: str) -> None:
         if not id:

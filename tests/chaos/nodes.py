@@ -46,13 +46,16 @@ class Node:
     def pid(self) -> int:
         return self.process.pid if self.process is not None and self.process.returncode is None else 0
 
-    def engine(self) -> int:
-        """The engine child of a worker, 0 if there is none now."""
+    def engine(self, number: int = 0) -> int:
+        """The engine child of a worker, or one of those of a host; 0 if there is none now."""
+        found = self.engines()
+        return found[number % len(found)] if found else 0
+
+    def engines(self) -> list[int]:
         try:
-            found = children(self.pid) if self.pid else []
+            return children(self.pid) if self.pid else []
         except OSError:
-            return 0
-        return found[0] if found else 0
+            return []
 
     async def start(self) -> None:
         """Returns when it is ready, or is gone before that."""

@@ -27,6 +27,7 @@ TARGETS: dict[str, str] = {
     "move": "worker",  # llambo drain --move, and its undo when it is empty
     "rolling": "fleet",  # SIGTERM of each worker in turn, the next one when the new one has joined
     "client": "client",  # kill -9 of a client, and another one in its place
+    "term": "worker",  # SIGTERM of a worker, and another one in its place
     "poison": "fleet",  # a request that kills whatever engine runs it, among others that do not
     "broker-stop": "broker",  # SIGSTOP of a broker for a while, then SIGCONT
     "gateway": "gateway",  # SIGTERM or kill -9 of a gateway, and the same port again
@@ -40,6 +41,10 @@ RATES: dict[str, float] = {
 }  # fmt: skip
 #: The same for faults of a mesh with gateways.
 GATEWAY_RATES: dict[str, float] = {"broker-stop": 1, "gateway": 4, "gateway-stop": 2, "gateway-cut": 2}
+#: And of hosts, which load models on demand.
+HOST_RATES: dict[str, float] = {"term": 2}
+#: All of them.
+USUAL = {**RATES, **GATEWAY_RATES, **HOST_RATES}
 #: What one more fault on the same victim has to wait for after the last one is over.
 RECOVERY_MS: dict[str, int] = {"worker": 4_000, "broker": 5_000, "client": 1_000, "fleet": 2_000, "gateway": 3_000}
 #: No fault begins before all workers have work, and none in the last moments.
@@ -89,6 +94,12 @@ class Plan:
     places: str = "mixed"
     #: Which of several brokers is never harmed.
     spared_broker: int = -1
+    #: MiB of each model; none: a worker has one model, and that from its start. With models workers are hosts.
+    models: tuple[int, ...] = ()
+    #: Of each host, how long a model of 40 MiB takes to load, and how long a request may wait.
+    budget_mib: int = 0
+    load_ms: int = 0
+    queue_ms: int = 600_000
 
     def place(self, worker: int) -> str:
         """far: a namespace of its own; near: behind a proxy; here: neither."""
@@ -238,6 +249,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "http": {"minutes": 30.0, "gateways": 2, "workers": 4, "clients": 2, "streams": 24, "tokens": (40, 160),
              "tokens_per_s": 40.0, "slots": 32,
              "faults": {"kill": 6.0, "stop": 2.0, "cut": 2.0, "broker": 2.0, **GATEWAY_RATES}},
+    "models": {"minutes": 20.0, "brokers": 2, "workers": 4, "clients": 2, "streams": 10, "tokens": (10, 60),
+               "slots": 2, "tokens_per_s": 80.0, "models": (40, 44, 48, 40, 56, 40, 44, 60, 40, 48), "budget_mib": 130,
+               "load_ms": 300, "queue_ms": 60_000, "drain_ms": 5_000,
+               "faults": {"kill": 10.0, "broker": 2.0, "client": 1.0, **HOST_RATES}},
     "llama": {"minutes": 10.0, "engine": "llama", "workers": 2, "clients": 2, "streams": 3, "slots": 8,
               "tokens": (20, 60), "stall_ms": 5_000,
               "faults": {"kill": 2.0, "stop": 1.0, "hang": 1.0, "cut": 1.0, "drain": 0.5, "client": 0.5}},
@@ -251,5 +266,5 @@ def parse_faults(text: str) -> dict[str, float]:
         name, _, rate = word.partition("=")
         if name not in TARGETS:
             raise ValueError(f"there is no fault {name!r}; there is: {', '.join(TARGETS)}")
-        faults[name] = float(rate) if rate else {**RATES, **GATEWAY_RATES}[name]
+        faults[name] = float(rate) if rate else USUAL[name]
     return faults

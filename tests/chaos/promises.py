@@ -172,6 +172,8 @@ def _left_over(times: Times, by: dict[str, list[Line]]) -> None:
                 times.wrong.append(
                     Wrong("left over", f"{line['broker']}: {what} is {line[what]} at the end", line["t"])
                 )
+        for text in line.get("left", ()):
+            times.wrong.append(Wrong("left over", f"{line['broker']}: {text}", line["t"]))
         if line["ready"] < line["workers_wanted"]:
             text = f"{line['broker']}: {line['ready']} of {line['workers_wanted']} workers are ready at the end"
             times.wrong.append(Wrong("left over", text, line["t"]))

@@ -24,10 +24,10 @@ GAP_MS = 500
 Totals = dict[str, Any]
 
 
-def totals(plan: Plan, streams: Streams, times: Times, seconds: float) -> Totals:
-    """Numbers and lists of numbers only, so that runs can be put together."""
+def totals(plan: Plan, streams: Streams, others: list[Wrong], times: Times, seconds: float) -> Totals:
+    """Numbers and lists of numbers only, so that runs can be put together. `others`: findings about no answer."""
     sorts: dict[str, int] = defaultdict(int)
-    for wrong in [*streams.wrong, *times.wrong]:
+    for wrong in [*streams.wrong, *others]:
         sorts[wrong.sort] += 1
     moved, still = checker.stalls(streams)
     return {
@@ -105,6 +105,10 @@ def summary(total: Totals) -> list[str]:
         lines.append(f"over HTTP: {sum(groups['http'].values())} streams: " + _pairs(groups["http"]))
         lines.append("  errors, named as retryable: " + (_pairs(groups["retryable"]) or "none"))
         lines.append("  " + _pairs(groups["stream"]))
+    if groups["refused"]:
+        lines.append("  refused with a cause: " + _pairs(groups["refused"]))
+    if groups["resident"]:
+        lines.append("most MiB of models resident at a time, and looks at it: " + _pairs(groups["resident"]))
     counters = {name: groups["broker"][name] for name in FAULT_COUNTERS if name in groups["broker"]}
     lines.append("brokers: " + _pairs(counters))
     if len(groups["share"]) > 1:

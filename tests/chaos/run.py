@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llambo import Client, LlamboError
-from tests.chaos import checker, http_check, leaks, promises, report
+from tests.chaos import checker, hosts, http_check, leaks, promises, report
 from tests.chaos.checker import Wrong
 from tests.chaos.history import Journal, Line, read
 from tests.chaos.injector import Injector
@@ -59,13 +59,17 @@ def examine(plan: Plan, folder: Path, seconds: float) -> tuple[report.Totals, li
     times = promises.judge(harness, lease_ms=plan.lease_ms, stall_ms=plan.stall_ms)
     leaked = leaks.judge(lines, folder, fake=plan.engine == "fake")
     over_http = http_check.judge(lines)
+    models = hosts.judge(lines, streams, plan.budget_mib * hosts.MIB, plan.queue_ms) if plan.models else hosts.Found()
     if plan.gateways:
         # Brokers that stand still notice nothing in time; what is left over, and what is broken, counts.
         times.wrong = [wrong for wrong in times.wrong if wrong.sort != promises.LATE]
-    wrong = [*streams.wrong, *times.wrong, *leaked, *over_http.wrong]
+    wrong = [*streams.wrong, *times.wrong, *leaked, *over_http.wrong, *models.wrong]
     story = report.story(wrong[0], lines, _whys(lines, wrong[0])) if wrong else []
     return (
-        report.totals(plan, streams, times, seconds) | {"wrong leak": len(leaked)} | report.http_totals(over_http),
+        report.totals(plan, streams, [*times.wrong, *models.wrong], times, seconds)
+        | {"wrong leak": len(leaked)}
+        | report.http_totals(over_http)
+        | hosts.totals(models),
         wrong,
         report.slopes(harness),
         story,

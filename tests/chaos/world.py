@@ -18,7 +18,7 @@ from llambo.mesh.wire.identity import Identity
 from llambo.mesh.wire.reports import MeshStatus, WorkerRow
 from llambo.testing.processes import has_ended
 from llambo.testing.proxy import Plane, Proxy
-from tests.chaos import nodes, places
+from tests.chaos import hosts, nodes, places
 from tests.chaos.history import Journal, now_ms
 from tests.chaos.plan import Plan
 
@@ -78,6 +78,8 @@ class World:
         self.seen = asyncio.Condition()
         #: Engine children and whose they are, to see that none is left.
         self.engines: dict[int, tuple[str, int]] = {}
+        #: Of hosts.
+        self.memory: hosts.Memory | None = None
         self._keeping: list[asyncio.Task[None]] = []
         self._looking: list[asyncio.Task[None]] = []
 
@@ -102,7 +104,7 @@ class World:
         return ",".join(self.address(number, host) for number in order)
 
     def _broker(self, number: int) -> nodes.Node:
-        flags: dict[str, object] = {"lease-ms": self.plan.lease_ms, "keys": self.keys.path}
+        flags = {"lease-ms": self.plan.lease_ms, "queue-ms": self.plan.queue_ms, "keys": self.keys.path}
         command = nodes.broker_command(f"b{number}", self.host, self.ports[number], flags)
         return nodes.Node(f"b{number}", lambda _: command, self.folder, self.journal)
 
@@ -123,10 +125,24 @@ class World:
         if plan.engine == "fake":
             flags |= {"fake-tokens-per-s": plan.tokens_per_s, "fake-burst": 2, "fake-utf8-split": "yes",
                       "fake-style": plan.style, "fake-jitter-ms": 4, "fake-poison": "arsenic"}  # fmt: skip
+            flags |= self._models(number)
         else:
             flags |= {"model": "smollm2", "threads": 1, "ctx": 512}
         command = [*prefix, *nodes.worker_command(name, self.addresses(host), flags)]
         return nodes.Node(name, lambda _: command, self.folder, self.journal)
+
+    def _models(self, number: int) -> dict[str, object]:
+        """What makes a worker a host. Every other host lacks a file that its last model needs."""
+        plan = self.plan
+        if not plan.models:
+            return {}
+        files = self.folder / f"files of w{number}"
+        files.mkdir()
+        models = hosts.specs(plan.models, plan.load_ms)
+        for name in list(models)[: len(models) - number % 2]:
+            (files / name).touch()
+        return {"models": ",".join(models.values()), "memory-bytes": f"{plan.budget_mib}MiB", "min-loaded-ms": 500,
+                "fake-load-file": files / "{model}"}  # fmt: skip
 
     def _client(self, number: int) -> nodes.Node:
         plan = self.plan
@@ -134,7 +150,8 @@ class World:
         def command(start: int) -> list[str]:
             name = f"c{number}.{start}"
             options = {"name": name, "history": str(self.folder / f"{name}.jsonl"), "parent": os.getpid(),
-                       "seed": plan.seed, "streams": plan.streams, "tokens": plan.tokens}  # fmt: skip
+                       "seed": plan.seed, "streams": plan.streams, "tokens": plan.tokens,
+                       "models": hosts.chances(len(plan.models))}  # fmt: skip
             if plan.gateways:
                 return nodes.reader_command({**options, "ports": self.gateway_ports})
             return nodes.client_command({**options, "address": self.addresses(first=number)})
@@ -160,6 +177,7 @@ class World:
             await broker.start()
             self._supervised(broker)
         self.workers = [await self._worker(number) for number in range(self.plan.workers)]
+        self.memory = hosts.Memory(self.workers, self.journal) if self.plan.models else None
         await asyncio.gather(*(worker.start() for worker in self.workers))
         missing = [worker.name for worker in self.workers if not worker.ready.is_set()]
         if missing:
@@ -174,6 +192,8 @@ class World:
         for number in range(self.plan.brokers):
             self._looking.append(asyncio.create_task(self._watch(number)))
         self._looking.append(asyncio.create_task(self._measure_sizes()))
+        if self.memory is not None:
+            self._looking.append(asyncio.create_task(self.memory.watch()))
 
     def _supervised(self, node: nodes.Node) -> None:
         self._keeping.append(asyncio.create_task(self._supervise(node)))
@@ -204,19 +224,22 @@ class World:
     async def _last_look(self) -> None:
         """Wait until all workers are ready and no broker has a request, and record what each broker reports."""
         for number, broker in enumerate(self.brokers):
-            status = MeshStatus(running=-1, waiting=-1, busy=-1, ready=-1)
+            status, ready, left = MeshStatus(running=-1, waiting=-1, busy=-1), list[str](), list[str]()
             with contextlib.suppress(LlamboError, TimeoutError):
                 async with asyncio.timeout(LEAVE_S), Client(self.address(number)) as client:
                     while True:
                         status = await client.status()
                         idle = not (status.running or status.waiting or status.busy)
-                        if idle and status.ready >= self.plan.workers:
+                        left = await self.memory.left_over(client) if self.memory is not None else []
+                        ready = await self.ready_at(client)
+                        if idle and not left and len(ready) >= self.plan.workers:
                             break
                         await asyncio.sleep(LOOK_S)
             if status.counters:
                 self.journal.write("status", broker=broker.name, pid=broker.pid, counters=status.counters)
-            facts = {name: getattr(status, name) for name in ("running", "waiting", "busy", "ready")}
-            self.journal.write("last", broker=broker.name, workers_wanted=self.plan.workers, **facts)
+            facts = {name: getattr(status, name) for name in ("running", "waiting", "busy")}
+            self.journal.write("last", broker=broker.name, workers_wanted=self.plan.workers, ready=len(ready),
+                               left=left, **facts)  # fmt: skip
 
     async def end(self) -> None:
         """Stop all processes, with SIGTERM first. A process that outlives its parent is recorded."""
@@ -235,6 +258,9 @@ class World:
             await proxy.close()
         for namespace in self.namespaces.values():
             namespace.close()
+        if self.memory is not None:
+            self.memory.end()
+            self.engines |= self.memory.engines
         for pid, (whom, began) in self.engines.items():
             # A number may be another process's by now.
             if nodes.began(pid) == began and not await gone(pid, 2.0):
@@ -274,7 +300,7 @@ class World:
         since, turn = 0, 0
         while broker.pid == pid:
             listed = {line.worker: line for line in await client.workers()}
-            ready = [name for name, line in listed.items() if line.state == "ready"]
+            ready = await self.ready_at(client)
             self.journal.write("workers", broker=broker.name, names=list(listed), ready=ready)
             async with self.seen:
                 self.views[broker.name] = listed
@@ -301,6 +327,12 @@ class World:
                     self.saw(engine, node.name)
                     self.journal.write("size", whom=f"{node.name} engine", pid=engine, rss=size[0], fds=size[1])
             await asyncio.sleep(SIZES_S)
+
+    async def ready_at(self, client: Client) -> list[str]:
+        """The workers that are ready there; where models are loaded on demand, the hosts that are."""
+        if self.memory is not None:
+            return [line.host for line in await client.hosts()]
+        return [line.worker for line in await client.workers() if line.state == "ready"]
 
     def busy(self, worker: str) -> int:
         """How many requests it has, all brokers together."""

@@ -13,7 +13,7 @@ from llambo.mesh.security.keys import to_line
 from llambo.mesh.wire.identity import Identity
 from llambo.worker.engine import fake_model
 from llambo.worker.engine.fake_model import START, pieces_of, plain_token, wander_token
-from tests.chaos import checker, leaks, promises, report
+from tests.chaos import checker, hosts, leaks, promises, report
 from tests.chaos.checker import Streams
 from tests.chaos.history import Line, parse
 
@@ -222,6 +222,7 @@ def test_what_is_left_at_the_end_is_found() -> None:
     for what in ("running", "waiting", "busy"):
         assert late(last | {what: 1})
     assert late(last | {"ready": 3})
+    assert late(last | {"left": ["a on w0 is loading and held by []"]})
     assert late(entry(1, "orphan", pid=7, whom="w1"))
     assert late(entry(1, "broken", whom="w1", text="it did not come back"))
     assert late(entry(1, "emptied", whom="w1", how="rolling", ms=100, code=1))
@@ -252,6 +253,44 @@ def test_a_story_has_the_events_of_the_request_and_around_it() -> None:
     assert wrong.sort == checker.HUNG
     for word in ("kill", SECOND, "what b0 knows", "lost: w1"):
         assert word in text
+
+
+# --- models that are loaded on demand ----------------------------------------------------------------------
+
+SEEN = [entry(1, "memory", whom="w0", bytes=90, engines=2), entry(2, "memory samples", count=7)]
+
+
+def with_models(*lines: Line) -> hosts.Found:
+    lines = (*SEEN, *lines)
+    return hosts.judge(list(lines), judged(*lines), 100, 60_000)
+
+
+def test_what_a_request_waited_for_is_where_its_time_counts() -> None:
+    for waited, sort in (([], "warm"), (["w0 is about to load a"], "cold"), (["loading a on w0"], "cold"),
+                         (["until b is unloaded on w0 for a", "loading a on w0"], "evict"),
+                         (["for memory on w0: what is loaded there is in use or held"], "evict")):  # fmt: skip
+        asked = submit(model="a"), chunk(40, 0, MAX), end(worker="w0-a"), line(99, "waited", **{"for": waited})
+        found = with_models(*asked)
+        assert not found.wrong
+        assert {name: times for name, times in found.first.items() if times} == {sort: [40]}
+
+
+def test_what_is_wrong_with_models_is_found() -> None:
+    whole = submit(model="a"), chunk(40, 0, MAX)
+    error = line(50, "error", code="engine_failed", text="'a' could not be loaded on w0: why")
+    assert not with_models(submit(model="a"), error).wrong
+    assert with_models(submit(model="a"), error).refused == {"engine_failed": 1}
+    for sort, lines in (
+        (hosts.OVER, [entry(5, "memory", whom="w1", bytes=101, engines=3)]),
+        (hosts.PLACE, [*whole, end(worker="w0-b")]),
+        (hosts.OVERDUE, [submit(model="a"), error | {"text": ""}]),
+        (hosts.OVERDUE, [submit(model="a"), error | {"t": 70_000}]),
+        (hosts.OVERDUE, [submit(model="a"), chunk(70_000, 0, MAX), end(70_001, worker="w0-a")]),
+    ):
+        assert [wrong.sort for wrong in with_models(*lines).wrong] == [sort], lines
+    assert hosts.judge([], judged(), 100, 1).wrong, "no memory was seen"
+    # A request without a model may not be refused, and one with a model not with another code
+    assert sorts(submit(), error) == sorts(submit(model="a"), error | {"code": "no_worker"}) == [checker.ERROR]
 
 
 # --- leaks -------------------------------------------------------------------------------------------------
