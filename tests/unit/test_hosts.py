@@ -486,7 +486,19 @@ def test_a_host_that_takes_no_more_holders_is_not_asked_again() -> None:
     bench = Bench(**NEVER_LOST)
     holders = [f"h{number}" for number in range(limits.HOLDERS_PER_MODEL)]
     host, client = bench.host("box", model("a", "ready", holders=holders)), bench.client()
+    client.send(m.HoldModel(2, "a", holder="x"))
+    problem = client.received_last(m.Problem)[-1].error
+    assert problem.code is Code.BUSY and "has 64 holders on box" in problem.text
+    assert not host.received(m.Hold) and not bench.state.hosts.holds
+    assert held(client, "a", holder="h7").host == "box", "it renews its own"
+
+
+def test_an_order_that_was_overtaken_by_other_holders_ends() -> None:
+    bench = Bench(**NEVER_LOST)
+    host, client = bench.host("box", model("a", "ready", holders=["h0"])), bench.client()
     held(client, "a", holder="x")
+    holders = [f"h{number}" for number in range(limits.HOLDERS_PER_MODEL)]
+    host.report(model("a", "ready", holders=holders))
     host.beat()
     assert len(host.received(m.Hold)) == 1
     assert not bench.state.hosts.holds

@@ -34,6 +34,9 @@ def asked(state: State, client: ClientEntry, order: m.HoldModel, blob: bytes, no
         return
     there = _hosts(state, order)
     holder = _holder(client.identity, order, there)
+    if not order.undo and there and all(_is_full(model, holder) for _, model in there):
+        state.to_client(client, m.Problem(_full(order, there), b"", order.query))
+        return
     if order.undo:
         _give_back(state, client.identity, order, holder, there, now_ms)
         answer = reports.HoldReply(model=order.model, host=order.host, state=_state(there), holder=holder)
@@ -55,6 +58,16 @@ def _refusal(state: State, order: m.HoldModel) -> ErrorInfo | None:
     if len(hosts.holds) >= PENDING:
         return ErrorInfo(Code.BUSY, f"{PENDING} orders for models wait for their hosts", 1_000)
     return None
+
+
+def _is_full(model: m.HostedModel, holder: str) -> bool:
+    return holder not in model.holders and len(model.holders) >= limits.HOLDERS_PER_MODEL
+
+
+def _full(order: m.HoldModel, there: list[tuple[HostEntry, m.HostedModel]]) -> ErrorInfo:
+    where = ", ".join(sorted(host.name for host, _ in there)[:20])
+    text = f"{order.model!r} has {limits.HOLDERS_PER_MODEL} holders on {where}, and no more are taken"
+    return ErrorInfo(Code.BUSY, text, 1_000, "give one back (`llambo models` lists them), or wait for the ttl of one")
 
 
 def _hosts(state: State, order: m.HoldModel) -> list[tuple[HostEntry, m.HostedModel]]:
