@@ -90,7 +90,7 @@ class HostNode(Peer):
         #: By model: the worker of each engine process that exists; None: one that cannot load its model.
         self.engines: dict[str, WorkerNode | None] = {}
         self.loads = self.unloads = 0
-        #: What models really need, of those that were loaded here. The host is told when they are ready.
+        #: What models really need, of those that were loaded here. The host is sent it when they are ready.
         self.measured: dict[str, int] = {}
         self._start = start
         self._reported: dict[str, h.WorkerChanged] = {}
