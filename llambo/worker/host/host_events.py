@@ -57,6 +57,8 @@ class WorkerChanged(msgspec.Struct, frozen=True):
     percent: int = 0
     #: How often it has refused `UnloadWorker` because it was busy.
     refusals: int = 0
+    #: Of `RAM`: what its engine takes and may come to take, measured when it was ready; 0: not measured.
+    memory_bytes: int = 0
 
 
 class WorkerEnded(msgspec.Struct, frozen=True):

@@ -346,8 +346,10 @@ class HostedWorker:
     # --- in the thread of the worker ---
 
     def _watch(self, core: WorkerCore) -> None:
+        engine = core.engine
+        memory_bytes = engine.ready.memory_bytes if engine.is_ready and engine.ready is not None else 0
         now = WorkerChanged(
-            self._model, core.engine.is_ready, core.runs.active, core.engine.percent, core.drain.refusals
+            self._model, engine.is_ready, core.runs.active, engine.percent, core.drain.refusals, memory_bytes
         )
         if now != self._last:
             self._last = now
