@@ -380,7 +380,7 @@ def test_up_without_a_model_names_those_that_are_here(home: Path, monkeypatch: p
 
 
 def test_commands_ask_for_a_download_by_the_name_that_it_has_in_the_mesh(home: Path) -> None:
-    """Nobody types the name that a worker has made of it. A mesh may have it although this machine does not."""
+    """No person types the name that a worker has made of it. A mesh may have it although this machine does not."""
     in_hub(home, "tiny-Q8_0.gguf")
     in_ollama(home / "service", "1b", b"GGUF")
     for name, asked in (("hf:o/r", "tiny-Q8_0"), ("hf:o/r:q8_0", "tiny-Q8_0"), ("ollama:tiny:1b", "tiny:1b"),
