@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from llambo.fleet.model import HostedRow
 from llambo.mesh.client.model_loading import LOADED
+from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.naming import class_of
 from llambo.mesh.wire.reports import HostRow, ModelHost, ModelRow, WorkerRow
 
@@ -25,13 +27,6 @@ DRAINED = ("draining", "drained")
 HOLDER, HOLD_MS = "fleet", 120_000
 #: Between two looks at it, and how long the model may take to load. After that it counts as good.
 LOOK_S, LOAD_S = 0.2, 40.0
-
-
-class HostedRow(WorkerRow, frozen=True, kw_only=True):
-    #: The names of its workers.
-    workers: list[str] = []
-    #: The largest share of slots in use of one of its models. If that is full, another node helps.
-    busiest: float = 0.0
 
 
 def rows_of(
@@ -64,7 +59,12 @@ def _row(host: HostRow, models: Mapping[str, ModelHost], workers: Mapping[str, W
 
 
 async def ask(client: Client, workers: Mapping[str, WorkerRow]) -> dict[str, HostedRow]:
-    hosts = await client.hosts()
+    try:
+        hosts = await client.hosts()
+    except LlamboError as error:
+        if error.code is not Code.BAD_REQUEST:
+            raise
+        return {}  # a broker of an older release, which has no hosts
     return rows_of(hosts, await client.models() if hosts else (), workers)
 
 

@@ -11,6 +11,8 @@ from pathlib import PurePath
 
 import msgspec
 
+from llambo.mesh.wire.reports import WorkerRow
+
 #: The broker is started like a worker. This is the name of its class, and no other class may have it.
 BROKER = "broker"
 PROVIDERS = ("process", "systemd")
@@ -159,6 +161,15 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ready: bool = False
     #: Of a broker: where it listens.
     address: str = ""
+
+
+class HostedRow(WorkerRow, frozen=True, kw_only=True):
+    """A node with several models, like a worker: `hosted.py`."""
+
+    #: The names of its workers.
+    workers: list[str] = []
+    #: The largest share of slots in use of one of its models. If that is full, another node helps.
+    busiest: float = 0.0
 
 
 class NodeFailed(Exception):

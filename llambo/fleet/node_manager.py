@@ -15,10 +15,10 @@ import msgspec
 from llambo.fleet import hosted
 from llambo.fleet.decide.plan import PlanStep, StepKind
 from llambo.fleet.decide.rolling_core import START_MS
-from llambo.fleet.hosted import HostedRow
 from llambo.fleet.model import (
     BROKER,
     Fleet,
+    HostedRow,
     HostFacts,
     Node,
     NodeClass,
@@ -269,7 +269,7 @@ class NodeManager:
         try:
             async with self.mesh() as client:
                 rows = {row.worker: row for row in await client.workers()}
-                if any(spec.is_host for spec in (*self.fleet.classes.values(), *self.older.values())):
+                if any(one.name not in rows for one in self.providers.records() if one.node_class != BROKER):
                     rows |= await hosted.ask(client, rows)
                 return rows, await client.requests()
         except LlamboError as error:
@@ -329,7 +329,7 @@ class NodeManager:
             case StepKind.SPAWN:
                 await self.spawn(step)
             case StepKind.RESUME:
-                await self.drain(step.name, step.node_class, undo=True)
+                await self.drain(step.name, undo=True)
                 self.report(f"{step.name} works again: {step.why}")
             case StepKind.RETIRE:
                 await self.retire(step)
@@ -378,25 +378,18 @@ class NodeManager:
         workers = [step.name]
         with _unless_gone():
             async with self.mesh() as client:
-                workers = await self._workers(client, step.name, step.node_class)
+                workers = await _workers(client, step.name)
                 for worker in workers:
                     await client.drain(worker, move=True)
         return workers
 
-    async def drain(self, node: str, node_class: str, *, undo: bool) -> DrainReply:
+    async def drain(self, node: str, *, undo: bool) -> DrainReply:
         """A host has several workers, and may load other models meanwhile."""
         async with self.mesh() as client:
-            workers = await self._workers(client, node, node_class)
+            workers = await _workers(client, node)
             replies = [await client.drain(worker, undo, move=not undo) for worker in workers]
         running = sum(reply.running for reply in replies)
         return DrainReply(worker=node, draining=not undo, moving=not undo, running=running)
-
-    async def _workers(self, client: Client, node: str, node_class: str) -> list[str]:
-        spec = self.fleet.named(node_class)
-        if spec is None or not spec.is_host:
-            return [node]
-        rows = await hosted.ask(client, {row.worker: row for row in await client.workers()})
-        return rows[node].workers if node in rows else []
 
     def _launch(self, spec: NodeClass, name: str, host: str) -> Launch:
         if spec.is_broker:
@@ -428,6 +421,13 @@ def _unless_gone() -> Iterator[None]:
     except LlamboError as error:
         if error.code not in (Code.NO_BROKER, Code.TIMEOUT, Code.UNKNOWN_WORKER):
             raise
+
+
+async def _workers(client: Client, node: str) -> list[str]:
+    """The node itself, or those that it has as a host."""
+    workers = {row.worker: row for row in await client.workers()}
+    hosts = {} if node in workers else await hosted.ask(client, workers)
+    return hosts[node].workers if node in hosts else [node]
 
 
 def _broker_address(broker: NodeClass, default: int, reported: int | None = None) -> str:

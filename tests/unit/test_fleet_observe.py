@@ -7,8 +7,8 @@ from typing import Any
 
 from llambo.fleet import node_manager
 from llambo.fleet.decide.autoscale_core import LoadObserver, promised_models
-from llambo.fleet.hosted import HostedRow, rows_of
-from llambo.fleet.model import Fleet, HostFacts, Node, NodeState, World
+from llambo.fleet.hosted import rows_of
+from llambo.fleet.model import Fleet, HostedRow, HostFacts, Node, NodeState, World
 from llambo.fleet.reader import parse
 from llambo.mesh.wire.reports import HostRow, ModelHost, ModelRow, RequestRow, WorkerRow
 

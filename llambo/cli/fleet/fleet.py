@@ -335,7 +335,7 @@ async def _drain(here: Site, node: str, undo: bool) -> DrainReply:
     found = next((record for record in manager.providers.records() if record.name == node), None)
     if found is None or found.node_class == "broker":
         raise Failure(f"there is no worker {node!r} in this fleet", "`llambo fleet status` lists them", Exit.ERROR)
-    return await manager.drain(node, found.node_class, undo=undo)
+    return await manager.drain(node, undo=undo)
 
 
 async def _orchestrate(here: Site) -> None:

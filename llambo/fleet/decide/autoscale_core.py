@@ -22,8 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from llambo.fleet.decide.plan import Placement
-from llambo.fleet.hosted import HostedRow
-from llambo.fleet.model import Fleet, NodeClass, Scaling, World
+from llambo.fleet.model import Fleet, HostedRow, NodeClass, Scaling, World
 from llambo.mesh.wire.naming import class_of, in_class
 from llambo.mesh.wire.reports import RequestRow, WorkerRow
 
