@@ -50,7 +50,7 @@ LOADS = Metric("llambo_broker_model_loads_total", "counter", "Models that a host
 LOAD_FAILURES = Metric("llambo_broker_model_load_failures_total", "counter",
                        "Loads that have failed at a host, or models that it cannot load", ("model",))  # fmt: skip
 UNLOADS = Metric("llambo_broker_model_unloads_total", "counter",
-                 "Models that a host has unloaded, for another one or because nothing used them", ("model",))  # fmt: skip
+                 "Models that a host has unloaded, for others or because nothing used them", ("model",))  # fmt: skip
 LOADING = Metric("llambo_broker_model_load_seconds", "histogram", "How long a host loaded a model, as it says",
                  ("model",), WAITS_S)  # fmt: skip
 TABLE = (QUEUED, FIRST, PAUSE, PREFILL, LASTED, TOKENS, PROMPT, CACHED, ENDED, ERRORS, MOVES, REFUSED,
