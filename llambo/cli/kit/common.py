@@ -30,6 +30,19 @@ T = TypeVar("T")
 LISTENS_S = 1.0
 
 
+def asked_model(name: str) -> str:
+    """What the mesh calls a model: a download is served under the name of its file, if it is none of Ollama's."""
+    from llambo.worker.models import model_files
+    from llambo.worker.store import refs
+
+    if not refs.is_ref(name):
+        return name
+    try:
+        return model_files.resolve(name).served_as
+    except model_files.NoSuchModel:  # another machine may have it
+        return name
+
+
 class Session(Protocol):
     """What a command uses of the shell it was typed in (`ShellSession`)."""
 
@@ -155,9 +168,20 @@ def run(common: Common, work: Coroutine[Any, Any, T]) -> T:
 
 
 def ask(common: Common, question: Callable[[Client], Awaitable[T]]) -> T:
+    """While a task waits, as for its model to be loaded, stderr says for what."""
+
     async def answer() -> T:
+        from llambo.cli.kit.progress import Progress
+        from llambo.mesh.wire.reports import waiting
+
+        progress = Progress()
         async with connected(common) as client:
-            return await question(client)
+            client.on_wait = lambda note: progress.show(waiting(note))
+            try:
+                return await question(client)
+            finally:
+                client.on_wait = None
+                progress.end()
 
     return run(common, answer())
 
