@@ -25,6 +25,7 @@ from llambo.broker.events import (
     Counted,
     Event,
     KeysChanged,
+    PeersDisconnected,
     RouteGone,
     StopAsked,
     Subscribed,
@@ -113,6 +114,8 @@ class BrokerCore:
             case RouteGone(route, to_worker):
                 membership.route_gone(state, route, to_worker, now_ms)
                 host_sessions.route_gone(state, route, now_ms)
+            case PeersDisconnected():
+                membership.find_disconnected(state, now_ms)
             case KeysChanged(identities):
                 membership.keys_changed(state, identities, now_ms)
                 host_sessions.keys_changed(state, identities, now_ms)

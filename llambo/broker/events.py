@@ -46,6 +46,10 @@ class RouteGone(msgspec.Struct, frozen=True):
     to_worker: bool
 
 
+class PeersDisconnected(msgspec.Struct, frozen=True):
+    """Connections of workers or hosts have ended. Which ones, only the next message to each shows."""
+
+
 class Subscribed(msgspec.Struct, frozen=True):
     """A client's subscription to its session topic was granted."""
 
@@ -76,7 +80,18 @@ class Tick(msgspec.Struct, frozen=True):
     """Time has passed."""
 
 
-Event = ClientSaid | WorkerSaid | TokensArrived | RouteGone | Subscribed | KeysChanged | Counted | StopAsked | Tick
+Event = (
+    ClientSaid
+    | WorkerSaid
+    | TokensArrived
+    | RouteGone
+    | PeersDisconnected
+    | Subscribed
+    | KeysChanged
+    | Counted
+    | StopAsked
+    | Tick
+)
 
 # --- Actions: out of the core. ---
 

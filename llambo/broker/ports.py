@@ -98,6 +98,16 @@ def _bind(ports: Ports, host: str, port: int, inherited: Inherited | None) -> in
     return port
 
 
+def watch_disconnections(socket: Socket, context: zmq.Context[Any]) -> Socket:
+    """A socket that is readable when connections have ended. libzmq's I/O thread writes to it, and must not wait."""
+    endpoint = f"inproc://disconnected-{os.urandom(8).hex()}"
+    socket.monitor(endpoint, zmq.EVENT_DISCONNECTED)
+    watch: Socket = context.socket(zmq.PAIR)
+    watch.linger = watch.rcvhwm = 0  # without a limit
+    watch.connect(endpoint)
+    return watch
+
+
 #: The first byte of what arrives at an XPUB socket.
 SUBSCRIBE, UNSUBSCRIBE = 1, 0
 

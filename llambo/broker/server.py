@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from llambo.broker.events import (
     ClientSaid,
     Counted,
     KeysChanged,
+    PeersDisconnected,
     RouteGone,
     StopAsked,
     Subscribed,
@@ -136,6 +138,7 @@ class BrokerServer:
                 self._context.term()
             raise
         _, _, self._tokens_in, self._tokens_out = self._sockets
+        self._disconnected = ports.watch_disconnections(self._sockets.workers, self._context)
         tokens_in, tokens_out = self.port + sockets.TOKENS_IN_OFFSET, self.port + sockets.TOKENS_OUT_OFFSET
         marks_key = seals.key_from(self._zap.pair.secret) if self._zap else b""
         config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out, marks_key=marks_key)
@@ -150,7 +153,7 @@ class BrokerServer:
 
     def run(self) -> None:
         poller = zmq.Poller()
-        for socket in self._sockets:
+        for socket in (*self._sockets, self._disconnected):
             poller.register(socket, zmq.POLLIN)
         if self._zap:
             poller.register(self._zap.socket, zmq.POLLIN)
@@ -204,6 +207,9 @@ class BrokerServer:
                 actions += handle(ClientSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
         if self._tokens_out in readable:
             actions += self._drain_subscriptions(now)
+        if self._disconnected in readable:
+            _discard(self._disconnected)
+            actions += handle(PeersDisconnected(), now)
         if now >= self.core.next_wakeup_ms():
             self._count(now)
             self._check_descriptors(now)
@@ -253,7 +259,8 @@ class BrokerServer:
         self._stopping = True
 
     def close(self) -> None:
-        for socket in self._sockets:
+        self._sockets.workers.disable_monitor()
+        for socket in (*self._sockets, self._disconnected):
             socket.close(linger=sockets.LINGER_MS)
         if self._zap:
             self._zap.close()
@@ -361,6 +368,13 @@ class BrokerServer:
                         raise
                     gone.append(route)
         return gone
+
+
+def _discard(socket: Socket) -> None:
+    """All that is there. Each event has two frames."""
+    with suppress(zmq.Again):
+        while True:
+            socket.recv(zmq.DONTWAIT)
 
 
 def run_broker(

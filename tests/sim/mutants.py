@@ -64,7 +64,12 @@ GUARDS: dict[str, Guard] = {
         _MEMBERSHIP, "            if client.backlog.receipt:\n", "            if False:\n"
     ),
     "receipt counts": Guard("llambo.broker.records.backlog", "self.bytes -= self._asked_bytes", "pass"),
-    "lease": Guard(_MEMBERSHIP, "if silent_ms >= timing.lease_ms:", "if False:"),
+    "lease": Guard(
+        _MEMBERSHIP, "if silent_ms >= timing.lease_ms and _lease_is_out(state, worker, now_ms):", "if False:"
+    ),
+    "a worker with runs has a short lease": Guard(
+        _MEMBERSHIP, "if worker.hello.paced and not worker.claims:", "if worker.hello.paced:"
+    ),
     "dedup of submits": Guard(
         "llambo.broker.requests.admission",
         "known = asked.id in state.requests or asked.id in state.archive.ended",

@@ -66,6 +66,8 @@ class World:
             startup_grace_ms=60_000 if self.plan.brokers == 1 else 20_000,
             client_lease_ms=4_000 if self.plan.brokers == 1 else 6_000 if self._comes_back_early else 2_500,
             lease_ms=1_500,
+            # As with many more peers than a world has: those without runs send and get heartbeats seldom.
+            idle_each_ms=400 if seed % 3 == 1 else 0,
             queue_requests=self.plan.queue,
             marks_key=self.keys.marks,
             backlog_bytes=SMALL_BACKLOG_BYTES if seed % 4 == 3 else Bounds().backlog_bytes,

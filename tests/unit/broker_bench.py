@@ -77,9 +77,10 @@ class Bench:
         state: m.WorkerState = "ready",
         user: str = "",
         kind: m.Kind | Literal[""] = "",
+        paced: bool = True,
     ) -> Worker:
         infos = [m.ModelInfo(model, fingerprint, kind=kind)]
-        hello = m.WorkerHello(name, incarnation, infos, slots, state=state)
+        hello = m.WorkerHello(name, incarnation, infos, slots, state=state, paced=paced)
         return Worker(self, route or name.encode() + incarnation, hello, user)
 
     def host(

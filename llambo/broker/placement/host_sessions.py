@@ -174,9 +174,11 @@ def heartbeat_round(state: State, now_ms: int) -> None:
         elif gone_at and now_ms - gone_at >= timing.reconnect_grace_ms:
             _lose(state, host, "its connection is gone", now_ms)
         else:
-            host.beats.number += 1
-            host.beats.seq += 1
-            state.to_host(host, m.BrokerHeartbeat(host.beats.number, host.revision, seq=host.beats.seq))
+            if now_ms >= host.link.due_at or now_ms <= state.wakeups.probe_until:
+                host.link.due_at = now_ms + timing.heartbeat_ms
+                host.beats.number += 1
+                host.beats.seq += 1
+                state.to_host(host, m.BrokerHeartbeat(host.beats.number, host.revision, seq=host.beats.seq))
             wishes.watch_usage(state, host, now_ms)
 
 

@@ -245,6 +245,7 @@ def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> reports.WorkerRo
         done=worker.done,
         engine_restarts=worker.last.engine_restarts,
         heard_ms=now_ms - worker.link.heard_at,
+        interval_ms=worker.link.idle_ms if worker.hello.paced and not worker.claims else 0,
         up_ms=now_ms - worker.link.joined_at,
         percent=worker.last.percent,
         note=worker.last.note,

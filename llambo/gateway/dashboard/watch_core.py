@@ -36,7 +36,7 @@ SAMPLES_SHOWN = 300
 MEASURED = 200
 #: A moment computed from an age moves with the time that the answer took. Within this it counts as the same moment.
 AGE_TOLERANCE_MS = 1_500
-#: A worker is called silent when its last message is older than this.
+#: A worker is called silent when a message of it is overdue by more than this.
 SILENT_MS = 1_000
 _COUNTERS = ("submitted", "ended", "failed", "cancelled", "moved", "refused", "tokens", "workers_lost", "engine_deaths")
 
@@ -287,7 +287,8 @@ def _latest(
 
 def _worker(row: WorkerRow, before: WorkerView | None, now_ms: int) -> WorkerView:
     since = _moment(before.since if before else None, now_ms - row.up_ms)
-    return _view(WorkerView, row, since=since, silent_s=row.heard_ms // 1_000 if row.heard_ms >= SILENT_MS else 0)
+    silent = row.heard_ms >= SILENT_MS + row.interval_ms
+    return _view(WorkerView, row, since=since, silent_s=row.heard_ms // 1_000 if silent else 0)
 
 
 def _hosted(rows: list[ModelRow], before: Mapping[str, HostedView], now_ms: int) -> dict[str, HostedView]:

@@ -230,6 +230,8 @@ class WorkerRow(_Row, frozen=True, kw_only=True):
     library: str = ""
     #: By the name of a model, what tells it from others of that name: `ModelVariant.fingerprint`.
     fingerprints: dict[str, str] = {}
+    #: How often it sends a message while nothing runs there; 0: something runs there, so it sends them often.
+    interval_ms: int = 0
 
     @property
     def plain_models(self) -> list[str]:

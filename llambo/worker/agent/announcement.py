@@ -80,6 +80,7 @@ class Announcement:
                 pid=identity.pid,
                 state=state,
                 library=serving.library,
+                paced=True,
             )
             self._sent[link] = greeting, hello
         return hello
