@@ -23,6 +23,14 @@ LoadCrash = Literal["never", "careless", "always"]
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter of a model, and its name in the mesh (`model+name`)."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class FakeFaults:
     """What goes wrong in a fake engine. Token counts are per engine process, over all sequences; 0 means never."""
 
@@ -72,6 +80,8 @@ class FakeOptions:
     load_ms: int = 0
     #: The memory that it takes when it is loaded.
     memory_bytes: int = 0
+    #: Their files are not read: other words are made up for each path.
+    adapters: tuple[Adapter, ...] = ()
     faults: FakeFaults = FakeFaults()
 
 
@@ -102,6 +112,7 @@ class LlamaOptions:
     flash_attn: Literal["auto", "on", "off"] = "auto"
     #: The library of llama.cpp, or its folder; empty: that of an installed package.
     library: str = ""
+    adapters: tuple[Adapter, ...] = ()
 
 
 def default_name(key: str = "") -> str:
@@ -148,6 +159,10 @@ class WorkerConfig:
         return self.served_as or mesh_name(self.model)
 
     @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        return self.llama.adapters if self.engine == "llama" else self.fake.adapters
+
+    @property
     def slots(self) -> int:
         """The number of sequences at a time, as configured. An engine that is ready reports its own number."""
         return self.llama.slots if self.engine == "llama" else self.fake.slots
@@ -173,4 +188,9 @@ class HostConfig:
 
 def mesh_name(model: str) -> str:
     """The name of a model in the mesh: for a file its last part without the suffix, otherwise the name itself."""
-    return PurePath(model).name.removesuffix(".gguf")[: limits.NAME_CHARS] or "model"
+    return shown_name(PurePath(model).name.removesuffix(".gguf")) or "model"
+
+
+def shown_name(text: str) -> str:
+    """A file may be called anything; what is no text, or moves a cursor, becomes an underscore."""
+    return "".join(char if char.isprintable() else "_" for char in text)[: limits.NAME_CHARS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +22,7 @@ from llambo.broker.events import (
 )
 from llambo.broker.invariants import check
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire import tokens
+from llambo.mesh.wire import naming, tokens
 from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.identity import Identity
 
@@ -78,8 +79,13 @@ class Bench:
         user: str = "",
         kind: m.Kind | Literal[""] = "",
         paced: bool = True,
+        adapters: Mapping[str, str] | None = None,
     ) -> Worker:
+        """`adapters`: by name, what stands for the file."""
         infos = [m.ModelInfo(model, fingerprint, kind=kind)]
+        for adapter, digest in (adapters or {}).items():
+            own = naming.adapter_fingerprint(fingerprint, digest)
+            infos.append(m.ModelInfo(naming.with_adapter(model, adapter), own, kind=kind))
         hello = m.WorkerHello(name, incarnation, infos, slots, state=state, paced=paced)
         return Worker(self, route or name.encode() + incarnation, hello, user)
 

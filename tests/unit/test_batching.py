@@ -315,3 +315,50 @@ def test_the_common_prefix_is_found_by_halves(length: int) -> None:
     other = [*one[:length], *([-1] * (100 - length))]
     assert common_prefix(one, other) == length
     assert common_prefix(one[:length], one) == length
+
+
+# --- adapters ---
+
+
+def test_a_prefix_is_reused_by_the_same_adapter_only() -> None:
+    batcher, prompt = Batcher(slots=3, context=1_000, batch=512), tokens(200)
+    for adapter in ("", "a", "b"):
+        key = adapter.encode() or B
+        placed = batcher.place(key, prompt, adapter)
+        assert placed is not None and placed.cached == 0
+        while not step(batcher).outputs:
+            pass
+        batcher.finish(key)
+    for adapter in ("b", "", "a"):
+        placed = batcher.place(C, prompt, adapter)
+        assert placed is not None
+        assert (placed.cached, batcher.slots[placed.slot].adapter) == (199, adapter)
+        batcher.finish(C)
+    # An adapter that is new here gets nothing, neither in place nor as a copy
+    placed = batcher.place(C, prompt, "c")
+    assert placed is not None and (placed.cached, placed.copy_from) == (0, None)
+
+
+def test_every_step_decodes_the_streams_and_prompts_of_every_adapter() -> None:
+    batcher = Batcher(slots=7, context=1_000, batch=512)
+    adapters = ["", "a", "b", "a", ""]
+    for number, adapter in enumerate(adapters):
+        batcher.place(bytes([number]), tokens(4, start=100 * number), adapter)
+    step(batcher)
+    batcher.place(C, tokens(900), "a")
+    steps = 0
+    while len(outputs := step(batcher).outputs) < 6:
+        # While a prompt is decoded, every stream has its token in every step, whatever its adapter
+        assert len(outputs) == 5
+        steps += 1
+    assert steps
+    assert batcher.place(A, tokens(8, start=5_000), "b") is not None
+    plan = batcher.plan()
+    assert plan is not None
+    groups = batcher.groups(plan, first="a")
+    assert [adapter for adapter, _ in groups] == ["a", "", "b", "b"]
+    assert sorted(row for _, rows in groups for row in rows) == list(range(len(plan.tokens)))
+    for adapter, rows in groups:
+        assert {batcher.slots[plan.slots[row]].adapter for row in rows} == {adapter}
+        assert len({row >= len(plan.tokens) - plan.prefill for row in rows}) == 1
+    assert batcher.groups(plan, first="b")[0][0] == "b"

@@ -49,6 +49,7 @@ LARGER = {
     "gateway/apis/responses.py:ResponsesRequest": "the fields are those of OpenAI's API",
     "gateway/dashboard/watch_core.py:WorkerView": "one map on the wire, whose fields the page reads by name",
     "mesh/client/answer_stream.py:Stream": "its public attributes are what is known of an answer; half of them",
+    "mesh/client/request_options.py:Options": "the options of a request, which a caller gives by name",
     "mesh/client/client.py": "the public interface of the client: one method for each thing that it can do",
     "mesh/wire/messages.py": "the protocol: every message is in one file",
     "mesh/wire/messages.py:InferenceRequest": "one message on the wire, whose fields are promised by name",

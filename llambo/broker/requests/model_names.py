@@ -1,4 +1,6 @@
-"""Which model is meant by the name in a request: a model, `@class`, or nothing; and whether it can do what is asked."""
+"""Which model is meant by the name in a request: a model, `@class`, `+adapter`, or nothing; and whether it can do what
+is asked.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from llambo.broker.requests import ending
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.identity import Identity
-from llambo.mesh.wire.naming import MARK, class_of
+from llambo.mesh.wire.naming import MARK, PLUS, class_of, has_adapter, without_adapter
 
 #: Names that an error lists.
 LISTED = 20
@@ -39,6 +41,8 @@ def resolve(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int)
         return "", ErrorInfo(Code.NO_WORKER, "no worker has joined this broker yet", 1_000)
     if model.startswith(MARK):
         return _in_class(state, who, asked, now_ms)
+    if model.startswith(PLUS):
+        return _with_adapter(state, who, asked, now_ms)
     if model in known:
         gone_s = (now_ms - known[model]) // 1_000
         return "", ErrorInfo(Code.NO_WORKER, f"no worker serves {model!r}: the last one left {gone_s} s ago", 1_000)
@@ -47,6 +51,12 @@ def resolve(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int)
         whose = "" if state.access.identities is None else f" that {who.name} may use"
         return "", ErrorInfo(Code.NO_WORKER, f"no worker serves a model{whose}", 1_000)
     listed = ", ".join(served[:LISTED])
+    if PLUS in model and (base := without_adapter(model)) in known and who.may_use(base):
+        adapters = [each for each in state.models_shown(now_ms) if without_adapter(each) == base != each]
+        listed = ", ".join(filter(who.may_use, adapters)) or "none"
+        return "", ErrorInfo(
+            Code.UNKNOWN_MODEL, f"no worker serves {model!r}; with adapters of {base} there is: {listed}"
+        )
     if model:
         return "", ErrorInfo(Code.UNKNOWN_MODEL, f"no worker serves {model!r}; there is: {listed}")
     return _only_one(state, served, asked.task, "several models are served, name one of")
@@ -64,11 +74,23 @@ def _in_class(state: State, who: Identity, asked: m.InferenceRequest, now_ms: in
     return "", ErrorInfo(Code.UNKNOWN_MODEL, f"no worker is of class {node_class[1:]!r}; there is: {classes}")
 
 
+def _with_adapter(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int) -> tuple[str, ErrorInfo | None]:
+    """`+pirate`: the one model that has an adapter of that name."""
+    adapters = [model for model in state.models_shown(now_ms) if PLUS in model and who.may_use(model)]
+    found = [model for model in adapters if model.endswith(asked.model) and class_of(model) == class_of(asked.model)]
+    if found:
+        return _only_one(state, found, asked.task, "several models have that adapter, name one of")
+    listed = ", ".join(model for model in adapters[:LISTED] if not class_of(model)) or "none"
+    text = f"no model has an adapter {asked.model[1:]!r}; with adapters there is: {listed}"
+    return "", ErrorInfo(Code.UNKNOWN_MODEL, text)
+
+
 def _only_one(state: State, found: list[str], task: m.Task, several: str) -> tuple[str, ErrorInfo | None]:
     """Of these models the one that can do the task. One that is made for it goes before one that also can.
 
-    What is about texts and tokens alone is asked of the model that generates.
+    What is about texts and tokens alone is asked of the model that generates. Adapters are only for who names them.
     """
+    found = [model for model in found if not has_adapter(model, found)]
     models, kind = state.models, task if task in ("embed", "rerank") else "generate"
     able = [model for model in found if models.can(model, task)]
     if not able:

@@ -13,7 +13,7 @@ from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.records.request import AWAITING_RUN, Lane, Request
 from llambo.broker.records.state import State
 from llambo.mesh.wire.errors import Code, ErrorInfo
-from llambo.mesh.wire.naming import flags_of, how_to_match, is_in_class, what_differs, what_it_is
+from llambo.mesh.wire.naming import flags_of, how_to_match, is_in_class, what_differs, what_it_is, without_adapter
 
 
 def may_continue(worker: WorkerEntry, lane: Lane) -> bool:
@@ -34,6 +34,8 @@ def note_different(state: State, worker: WorkerEntry, now_ms: int) -> None:
     for model, own in worker.serving.fingerprints.items():
         if is_in_class(model, worker.serving.fingerprints):
             continue
+        if (base := without_adapter(model)) != model and _differs(state, worker, base):
+            continue  # with all of its adapters
         there = next((other for other in _serving(state, model) if other is not worker), None)
         theirs = there.serving.fingerprints[model] if there is not None else own
         if there is None or theirs == own:
@@ -44,6 +46,12 @@ def note_different(state: State, worker: WorkerEntry, now_ms: int) -> None:
             f"move to each other; start both with {how_to_match([own, theirs])}"
         )
         state.journal.add(now_ms, "worker differs", text, warning=True, worker=worker.name)
+
+
+def _differs(state: State, worker: WorkerEntry, model: str) -> bool:
+    own = worker.serving.fingerprints.get(model, "")
+    there = next((other for other in _serving(state, model) if other is not worker), None)
+    return there is not None and there.serving.fingerprints[model] != own
 
 
 def note_waiting(state: State, models: Iterable[str], now_ms: int) -> None:

@@ -30,7 +30,7 @@ from llambo.cli.kit.follow import on_end_signals, report_link
 from llambo.cli.kit.tables import duration, number, plural, show_json, table
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.naming import is_in_class
+from llambo.mesh.wire.naming import has_adapter, is_in_class, with_adapter
 
 if TYPE_CHECKING:
     from llambo.cli.chat.prompt import ChatPrompt
@@ -56,6 +56,7 @@ class ChatFlags:
     private: bool
     turns: int
     system: str | None
+    lora: str | None
     seed: int | None
     no_color: bool
     as_json: bool
@@ -80,6 +81,7 @@ class ChatFlags:
     help="The most earlier turns that are sent along with a question.",
 )  # fmt: skip
 @click.option("--system", metavar="TEXT", help="The system message: how the model shall behave.")
+@click.option("--lora", metavar="NAME", help="With this adapter of the model.")
 @click.option("--seed", type=Seed(), metavar="NUMBER", help="The same seed, the same chances.")
 @click.option("--no-color", is_flag=True, help="Without colours, as with NO_COLOR in the environment.")
 @json_option
@@ -221,6 +223,8 @@ def _saved_chat(common: Common, store: Store, saves: bool, flags: ChatFlags) -> 
     model = settings.text("client_model")
     if model and (not saved.model or "client_model" in common.flags):
         changes["model"] = model
+    if flags.lora:
+        changes["model"] = with_adapter(changes.get("model", saved.model), flags.lora)
     if flags.system is not None:
         changes["system"] = flags.system
     return msgspec.structs.replace(saved, **changes)
@@ -314,7 +318,7 @@ async def _converse(chat: Dialogue, signals: Signals, prompt: ChatPrompt) -> int
 
 def _with_model(chat: Dialogue) -> str:
     """Which model answers, or which there are to choose from."""
-    names = [name for name in chat.models if not is_in_class(name, chat.models)]
+    names = [name for name in chat.models if not (is_in_class(name, chat.models) or has_adapter(name, chat.models))]
     if chat.saved.model or len(names) == 1:
         return f", with {chat.saved.model or names[0]}"
     return f", /model chooses one of {', '.join(names[:5])}" if names else ""

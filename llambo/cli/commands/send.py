@@ -52,6 +52,7 @@ def _client_options(function: Function) -> Function:
 @click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without its chat template.")
 @click.option("--system", metavar="TEXT", help="Tell the model how to behave.")
 @click.option("--class", "node_class", metavar="NAME", help="A worker of this class is to answer.")
+@click.option("--lora", metavar="NAME", help="With this adapter of the model.")
 @click.option("--priority", type=click.Choice(["interactive", "normal", "batch"]), help="Class in the queue.")
 @click.option("--deadline", "deadline_ms", type=Duration(), help="End after so long: 500ms, 20s, 5m. Plain: seconds.")
 @click.option("--detach", is_flag=True, help="Print the id and leave; the request runs on. See `llambo attach`.")
@@ -140,6 +141,7 @@ def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options
     model = settings.text("client_model")
     return {
         "model": f"{model}{MARK}{chosen['node_class']}" if chosen["node_class"] else model or None,
+        "lora": chosen["lora"],
         "max_tokens": settings.number("max_tokens"),
         # If none was set, the model may have a default of its own.
         "temperature": settings.real("temperature") if settings.sources["temperature"] != "default" else None,

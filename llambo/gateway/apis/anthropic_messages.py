@@ -131,7 +131,7 @@ def _options(body: MessagesRequest, prompt: EncodedChat) -> Options:
         sampling["json_schema"] = bounded_schema(body.output_config.format.schema, "output_config.format.schema")
     return {
         **body.options(),
-        "model": body.model or None,
+        "model": body.model_with_adapter(body.model),
         "max_tokens": min(body.max_tokens, limits.MAX_TOKENS),
         "temperature": body.temperature,
         "stop": body.stop_sequences,

@@ -79,7 +79,7 @@ def options_of(body: OpenAIRequest, answer_tokens: int) -> Options:
         sampling["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
     return {
         **body.options(),
-        "model": body.model or None,
+        "model": body.model_with_adapter(body.model),
         "max_tokens": body.max_tokens or answer_tokens,
         "temperature": body.temperature,
         "stop": body.stop,

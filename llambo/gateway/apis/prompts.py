@@ -25,6 +25,7 @@ from llambo.mesh.wire.conversation import (
     prompt_with_tools,
 )
 from llambo.mesh.wire.messages import Priority
+from llambo.mesh.wire.naming import is_adapter_name, with_adapter
 
 #: Between two texts that become one.
 BETWEEN = "\n\n"
@@ -35,6 +36,13 @@ ToolName = Annotated[str, Meta(pattern=f"^{TOOL_NAME.pattern}$")]
 GivenId = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
+class LoraScale(msgspec.Struct):
+    """As llama-server has them, where `id` is a number. Here it is a name: workers need not have the same numbers."""
+
+    id: Annotated[str, Meta(max_length=limits.ADAPTER_CHARS)] | int
+    scale: float = 1.0
+
+
 class LlamboFields(msgspec.Struct, kw_only=True):
     """Fields of a request that llambo adds to an API (OpenAI's chat has a seed itself)."""
 
@@ -42,6 +50,35 @@ class LlamboFields(msgspec.Struct, kw_only=True):
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     priority: Priority | None = None
     deadline_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+    #: The adapter of the model: its name, or a list of one.
+    lora: (
+        Annotated[str, Meta(max_length=limits.ADAPTER_CHARS)]
+        | Annotated[list[LoraScale], Meta(max_length=limits.ADAPTERS)]
+        | None
+    ) = None
+
+    def model_with_adapter(self, model: str) -> str | None:
+        """Raises FieldError."""
+        return with_adapter(model, self._adapter()) or None
+
+    def _adapter(self) -> str:
+        if not isinstance(self.lora, list):
+            name = self.lora or ""
+        else:
+            used = [(at, each) for at, each in enumerate(self.lora) if each.scale != 0]
+            if len(used) > 1:
+                raise FieldError("lora", "several adapters at once are not supported; name one")
+            if not used:
+                return ""
+            at, one = used[0]
+            if one.scale != 1:
+                raise FieldError(f"lora[{at}].scale", "an adapter has the scale 1 here, or 0: it is not used")
+            if isinstance(one.id, int):
+                raise FieldError(f"lora[{at}].id", "adapters have names here; /v1/models lists them as MODEL+NAME")
+            name = one.id
+        if name and not is_adapter_name(name):
+            raise FieldError("lora", f"{name!r} is not the name of an adapter; /v1/models lists them as MODEL+NAME")
+        return name
 
     def options(self) -> Options:
         return {

@@ -215,7 +215,7 @@ def _options(body: ResponsesRequest, answer_tokens: int, prompt: EncodedChat) ->
         raise FieldError("include", "log probabilities are not available together with tools")
     return {
         **body.options(),
-        "model": body.model or None,
+        "model": body.model_with_adapter(body.model),
         "max_tokens": min(body.max_output_tokens or answer_tokens, limits.MAX_TOKENS),
         "temperature": body.temperature,
         "logprobs": (body.top_logprobs or 0) if logprobs else None,

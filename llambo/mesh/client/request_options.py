@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from llambo.mesh.link import sockets
-from llambo.mesh.wire import conversation, limits, tasks
+from llambo.mesh.wire import conversation, limits, naming, tasks
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.conversation import BadConversation, EncodedChat, ToolChoice
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -73,8 +73,11 @@ Messages = Sequence[Mapping[str, Any]]
 class Options(TypedDict, total=False):
     """Options of one request. An option that is left out, or None, has its default."""
 
-    #: Required only if the mesh serves several models. "MODEL@CLASS": on a worker of that class.
+    #: Required only if the mesh serves several models. "MODEL@CLASS": on a worker of that class. "MODEL+ADAPTER": with
+    #: that adapter (LoRA).
     model: str | None
+    #: The adapter of the model, by name, if it is not in the name of the model.
+    lora: str | None
     #: The answer ends after so many tokens. Left out: 256.
     max_tokens: int | None
     #: 0: always the likeliest token. Left out: the default of the model, or else 0.8. Likewise for other sampling.
@@ -125,6 +128,8 @@ def build_request(
     given = {name: value for name, value in options.items() if value is not None and name != "id"}
     for name in sorted(given.keys() - Options.__optional_keys__):
         raise LlamboError(Code.BAD_REQUEST, f"there is no option {name!r}", hint=_hint_for(name, given[name]))
+    if (lora := given.pop("lora", None)) is not None:
+        given["model"] = _with_adapter(given.get("model", ""), lora)
     tools = given.pop("tools", ())
     sampling: dict[str, Any] = {**_known_sampling(given.pop("sampling", {}))}
     sampling |= {name: given.pop(name) for name in SAMPLING_OPTIONS if name in given}
@@ -150,6 +155,14 @@ def build_request(
             Code.BAD_REQUEST, f"{len(body)} bytes of sampling options, {limits.SAMPLING_BYTES} are allowed"
         )
     return request, encode_prompt(prompt)
+
+
+def _with_adapter(model: Any, lora: Any) -> str:
+    if not isinstance(model, str) or not isinstance(lora, str) or not naming.is_adapter_name(lora):
+        raise LlamboError(
+            Code.BAD_REQUEST, f"{lora!r} is not the name of an adapter", hint="`llambo models` lists them"
+        )
+    return naming.with_adapter(model, lora)
 
 
 def request_id(given: str | None) -> bytes:

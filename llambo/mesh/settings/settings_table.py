@@ -249,6 +249,8 @@ _WORKER = (
     row("worker.engine", Kind.TEXT, "auto", "llama; or fake, which has no model and makes words up; auto: llama",
         choices=("auto", "llama", "fake")),
     row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; empty: smollm2"),
+    row("worker.lora", Kind.TEXT, "", "adapters of the model, as NAME=FILE with commas between; requests name them as "
+        "MODEL+NAME"),
     row("worker.models", Kind.TEXT, "", "folders, files and names of models, separated by commas: each is loaded when "
         "it is asked for"),
     row("worker.memory_bytes", Kind.BYTES, 0, "memory for all models that are loaded at a time; 0: what is free at the "

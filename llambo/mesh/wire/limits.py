@@ -80,6 +80,10 @@ TOKEN_INDEX = 2**31
 BEAT_NUMBER = 2**53
 #: Models of one worker.
 MODELS_PER_WORKER = 32
+#: Adapters of one model: with it, and once more under the name of a class, they are the models of one worker.
+ADAPTERS = MODELS_PER_WORKER // 2 - 1
+#: The name of an adapter.
+ADAPTER_CHARS = 64
 #: Models that one host can have, stored or loaded.
 MODELS_PER_HOST = 512
 #: Models that one host has loaded.

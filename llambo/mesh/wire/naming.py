@@ -1,8 +1,13 @@
-"""Names of models, with and without a class of workers, and the fingerprints that tell models of one name apart.
+"""Names of models, with and without a class of workers, with and without an adapter; and the fingerprints that tell
+models of one name apart.
 
 `smollm2@tiny` is smollm2 on workers of the class tiny. A worker of a class announces each of its models under both
 names, and to a broker the two are different models. A request with the longer name runs on a worker of that class.
 `@tiny` is any model of that class.
+
+`smollm2+pirate` is smollm2 with the adapter (LoRA) pirate. A worker announces each of its adapters in that way, as a
+model of its own, whose fingerprint has the digest of the adapter in it. So a request for it runs, and continues, only
+on workers that have this adapter. `+pirate` is any model with an adapter of that name.
 
 A broker compares fingerprints as they are. What is in one is read only to tell people what differs.
 """
@@ -14,7 +19,8 @@ from collections.abc import Container, Sequence
 from llambo.mesh.wire import limits
 
 MARK = "@"
-
+#: Between a model and its adapter.
+PLUS = "+"
 
 #: The first part of the fingerprint of a fake engine, where that of a model has its architecture.
 FAKE = "fake"
@@ -46,12 +52,41 @@ def class_of(name: str) -> str:
     return name.rpartition(MARK)[2] if MARK in name else ""
 
 
+# --- adapters ---
+
+
+def with_adapter(model: str, adapter: str) -> str:
+    """`smollm2+pirate`, before the class if there is one. Without a model `+pirate`, without an adapter the model."""
+    base, mark, node_class = model.partition(MARK)
+    return f"{base}{PLUS}{adapter}{mark}{node_class}" if adapter else model
+
+
+def without_adapter(name: str) -> str:
+    """The model that an adapter belongs to, with its class; the name itself if there is no adapter in it."""
+    base, mark, node_class = name.partition(MARK)
+    return f"{base.rpartition(PLUS)[0]}{mark}{node_class}" if PLUS in base else name
+
+
+def has_adapter(name: str, names: Container[str]) -> bool:
+    """It is the name of an adapter of a model that is among these."""
+    return PLUS in name and without_adapter(name) in names
+
+
+def is_adapter_name(adapter: str) -> bool:
+    """It can be part of the name of a model, and of a list on a command line."""
+    return adapter.isprintable() and 0 < len(adapter) <= limits.ADAPTER_CHARS and not set(adapter) & set("+@,=:/ ")
+
+
 # --- fingerprints ---
 
 #: Characters of the digest of a file that people are shown.
 _DIGEST_SHOWN = 8
 #: The flags of a worker that decide whether its answers can go on elsewhere, by the part of a fingerprint.
 _FLAGS = {"ctx": "--ctx", "kv_type": "--kv-type"}
+#: Parts that stand for a file.
+_FILES = {"file": "model file", "adapter": "adapter file"}
+#: Of the digest of an adapter, what is in a fingerprint.
+_ADAPTER_DIGITS = 32
 
 
 def fingerprint(architecture: str, quantisation: object, ctx: int, kv_type: str, weights: str, template: str) -> str:
@@ -60,6 +95,11 @@ def fingerprint(architecture: str, quantisation: object, ctx: int, kv_type: str,
     `weights` and `template` are digests.
     """
     return f"{architecture}-{quantisation}-{ctx}-{kv_type}-{weights}-{template}"[: limits.NAME_CHARS]
+
+
+def adapter_fingerprint(fingerprint: str, sha256: str) -> str:
+    """That of a model with an adapter."""
+    return f"{fingerprint[: limits.NAME_CHARS - _ADAPTER_DIGITS - 1]}{PLUS}{sha256[:_ADAPTER_DIGITS]}"
 
 
 def what_differs(fingerprints: Sequence[str]) -> list[str]:
@@ -71,14 +111,16 @@ def what_differs(fingerprints: Sequence[str]) -> list[str]:
 def what_it_is(fingerprint: str) -> str:
     """The settings in it, for people: `ctx 2048, kv_type f16`."""
     parts = _parts(fingerprint)
-    return ", ".join(f"{name} {parts[name]}" for name in _FLAGS if name in parts) or "the very same model"
+    shown = [name for name in (*_FLAGS, "adapter") if name in parts]
+    return ", ".join(f"{name} {parts[name]}" for name in shown) or "the very same model"
 
 
 def how_to_match(fingerprints: Sequence[str]) -> str:
     """What to start workers with so that they have one of these fingerprints: the one that needs the least memory."""
     parts = _differing(fingerprints)
     if any(name not in _FLAGS for name in parts[0]):
-        return "the same model file" if "file" in parts[0] else "the same settings"
+        file = next((what for part, what in _FILES.items() if part in parts[0]), "settings")
+        return f"the same {file}"
     chosen = min(parts, key=lambda each: int(each.get("ctx", 0)))
     return " ".join(f"{_FLAGS[name]} {value}" for name, value in chosen.items())
 
@@ -101,8 +143,10 @@ def _differing(fingerprints: Sequence[str]) -> list[dict[str, str]]:
 
 def _parts(fingerprint: str) -> dict[str, str]:
     """What people know by a name. The fingerprint of a fake engine, or of a worker of another make, is one part."""
-    words = fingerprint.rsplit("-", 4)
+    model, _, adapter = fingerprint.partition(PLUS)
+    words = model.rsplit("-", 4)
     if is_fake(fingerprint) or len(words) != 5 or not words[1].isdigit():
         return {"model": fingerprint}
     _, ctx, kv_type, weights, template = words
-    return {"file": weights[:_DIGEST_SHOWN], "ctx": ctx, "kv_type": kv_type, "template": template}
+    parts = {"file": weights[:_DIGEST_SHOWN], "ctx": ctx, "kv_type": kv_type, "template": template}
+    return parts | {"adapter": adapter[:_DIGEST_SHOWN]} if adapter else parts

@@ -14,7 +14,7 @@ import msgspec
 
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire.naming import in_class
+from llambo.mesh.wire.naming import in_class, with_adapter
 from llambo.worker.agent.engine_life import EngineLife
 from llambo.worker.config import WorkerConfig
 
@@ -46,7 +46,9 @@ class Announcement:
     def serving(self) -> Serving:
         ready = self._engine.ready
         if ready is None:
-            return Serving(self._with_class([m.ModelInfo(self._config.model_name)]), self._config.slots)
+            name = self._config.model_name
+            names = [name, *(with_adapter(name, adapter.name) for adapter in self._config.adapters)]
+            return Serving(self._with_class([m.ModelInfo(name) for name in names]), self._config.slots)
         return Serving(self._with_class(ready.models), ready.slots, ready.library[: limits.NAME_CHARS])
 
     def _with_class(self, models: list[m.ModelInfo]) -> list[m.ModelInfo]:

@@ -10,16 +10,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import msgspec
+
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
-from llambo.mesh.wire.naming import FAKE
+from llambo.mesh.wire.naming import FAKE, adapter_fingerprint, with_adapter
 from llambo.mesh.wire.tasks import TASKS_OF
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.worker.config import FakeOptions
 from llambo.worker.engine import fake_model
 from llambo.worker.engine.fake_model import START, piece_of, pieces_of
-from llambo.worker.engine.protocol import ALIVE_MS, Fault, Output, Ready, Refused, Start, TaskRefused
+from llambo.worker.engine.protocol import (
+    ALIVE_MS,
+    Fault,
+    NoSuchAdapter,
+    Output,
+    Ready,
+    Refused,
+    Start,
+    TaskRefused,
+    adapter_of,
+)
 
 #: An unpaced engine takes this long per token once `slow_factor` has something to multiply.
 UNPACED_MS = 1.0
@@ -74,7 +86,15 @@ class FakeEngine:
         options = self._options
         fingerprint = f"{FAKE}-{options.style}-{options.answer_tokens}-{int(options.utf8_split)}"
         info = ModelInfo(self._model, fingerprint, options.context_tokens, options.kind)
-        return Ready([info], options.slots, "fake engine")
+        with_adapters = [
+            msgspec.structs.replace(
+                info,
+                name=with_adapter(self._model, adapter.name),
+                fingerprint=adapter_fingerprint(fingerprint, fake_model.adapter_digest(adapter.path)),
+            )
+            for adapter in options.adapters
+        ]
+        return Ready([info, *with_adapters], options.slots, "fake engine")
 
     @property
     def running_keys(self) -> list[bytes]:
@@ -126,6 +146,10 @@ class FakeEngine:
         if start.task not in TASKS_OF[self._options.kind]:
             text = f"{self._model} is a fake model of the kind {self._options.kind!r}, which does not do {start.task!r}"
             return Refused(start.key, ErrorInfo(Code.BAD_REQUEST, text), final=True)
+        try:
+            adapter_of(start.model, self._model, self._options.adapters)
+        except NoSuchAdapter as error:
+            return Refused(start.key, error.info)
         prompt_tokens, limit = len(start.prompt.split()), self._options.context_tokens
         if start.task == "generate" and limit and prompt_tokens + start.max_tokens > limit:
             text = f"{prompt_tokens} prompt tokens + max_tokens {start.max_tokens} exceed the context of {limit}"
@@ -157,9 +181,12 @@ class FakeEngine:
         return sequence
 
     def _base(self, start: Start) -> int:
+        prompt = start.prompt
+        if (adapter := adapter_of(start.model, self._model, self._options.adapters)) is not None:
+            prompt = fake_model.adapted(prompt, adapter.path)
         if self._wander:
-            return fake_model.base_of(start.key[-limits.DISPATCH_ID_BYTES :], start.prompt)
-        return fake_model.plain_base(start.seed, start.prompt)
+            return fake_model.base_of(start.key[-limits.DISPATCH_ID_BYTES :], prompt)
+        return fake_model.plain_base(start.seed, prompt)
 
     def _advance(self, sequence: _Sequence, now_ms: int) -> Output:
         if sequence.first_ms < 0:

@@ -62,6 +62,16 @@ def plain_base(seed: int, prompt: bytes) -> int:
     return base_of(seed.to_bytes(8, "big"), prompt)
 
 
+def adapter_digest(path: str) -> str:
+    """Of an adapter that is not read. As long as a sha256 in hexadecimal."""
+    return blake2b(path.encode(), digest_size=32).hexdigest()
+
+
+def adapted(prompt: bytes, path: str) -> bytes:
+    """An adapter changes the words as another prompt would."""
+    return prompt + adapter_digest(path).encode()
+
+
 def plain_next(base: int, index: int, utf8_split: bool = False) -> int:
     return _mix(base + index) >> 35 << 2 | (_PLAIN_ROLES[index & 7] if utf8_split else WORD)
 

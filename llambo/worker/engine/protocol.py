@@ -10,18 +10,19 @@ sequences but no token it sends an empty one every ALIVE_MS: an engine that is s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from struct import Struct
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from llambo.mesh.wire import limits, tasks
+from llambo.mesh.wire import limits, naming, tasks
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import Dispatch, Logprobs, ModelInfo, Reason, Sampling, Task, Usage
 from llambo.mesh.wire.tasks import TaskOptions
 from llambo.mesh.wire.tokens import UNDECODABLE, Logprob
-from llambo.worker.config import FakeOptions, LlamaOptions, mesh_name
+from llambo.worker.config import Adapter, FakeOptions, LlamaOptions, mesh_name
 
 #: One message: the longest prompt and the longest prefix fit.
 FRAME_BYTES = 16 * 1024 * 1024
@@ -245,6 +246,22 @@ class TaskRefused(Exception):
     def __init__(self, code: Code, text: str, hint: str = "") -> None:
         super().__init__(text)
         self.info = ErrorInfo(code, text, hint=hint)
+
+
+class NoSuchAdapter(TaskRefused):
+    """This engine has not loaded it. Another worker may have."""
+
+
+def adapter_of(asked: str, model: str, adapters: Sequence[Adapter]) -> Adapter | None:
+    """The adapter in the name of a model in a dispatch; None: the model alone. Raises NoSuchAdapter."""
+    for adapter in adapters:
+        name = naming.with_adapter(model, adapter.name)
+        if asked == name or asked.startswith(name + naming.MARK):
+            return adapter
+    if asked.startswith(model + naming.PLUS):
+        listed = ", ".join(adapter.name for adapter in adapters) or "none"
+        raise NoSuchAdapter(Code.UNKNOWN_MODEL, f"{asked!r} is not served here; adapters of {model}: {listed}")
+    return None
 
 
 def unreadable(start: Start, error: Exception) -> TaskRefused:

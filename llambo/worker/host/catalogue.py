@@ -21,8 +21,9 @@ from pathlib import Path
 
 from llambo.mesh.service import host
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.messages import Kind
-from llambo.worker.config import RAM, WorkerConfig, mesh_name
+from llambo.worker.config import RAM, WorkerConfig, mesh_name, shown_name
 from llambo.worker.host.host_events import StoredModel
 from llambo.worker.llama import dry_run
 from llambo.worker.models import gguf, model_files, placement
@@ -87,8 +88,9 @@ class Catalogue:
         self._aliases = aliases
         self._template = template
         self._room = room
-        #: What was not found in the last scan: it is logged once.
+        #: What was not found in the last scan, and what was left out of it: it is logged once.
         self._missing: set[str] = set()
+        self._left_out: set[str] = set()
         #: What is known of each file, by its path, size and time.
         self._known: dict[tuple[str, int, int], Servable | None] = {}
 
@@ -99,6 +101,7 @@ class Catalogue:
             return {each.stored.name: each for each in models}
         found: dict[str, Servable] = {}
         known: dict[tuple[str, int, int], Servable | None] = {}
+        left_out: list[str] = []
         for name, path in self._files():
             try:
                 info = path.stat()
@@ -109,15 +112,18 @@ class Catalogue:
             servable = known[key]
             if servable is None:
                 continue
-            unique = name if name not in found else f"{path.parent.name}/{name}"[: limits.NAME_CHARS]
+            unique = name if name not in found else shown_name(f"{path.parent.name}/{name}")
             if unique in found:
-                log.warning("%s is not served: there are other models called %s and %s", path, name, unique)
+                left_out.append(f"{path} is not served: there are other models called {name} and {unique}")
             elif len(found) >= limits.MODELS_PER_HOST:
-                log.warning("%s is not served: a host has at most %d models", path, limits.MODELS_PER_HOST)
+                left_out.append(f"{path} is not served: a host has at most {limits.MODELS_PER_HOST} models")
                 break
             else:
                 found[unique] = _called(servable, unique)
-        self._known = known
+        for text in left_out:
+            if text not in self._left_out:
+                log.warning("%s", printable(text))
+        self._known, self._left_out = known, set(left_out)
         return found
 
     def _files(self) -> Iterator[tuple[str, Path]]:
@@ -149,6 +155,8 @@ class Catalogue:
     def _look_at(self, path: Path) -> Servable | None:
         """None: it is no model of its own."""
         config = replace(self._template, model=str(path))
+        if not _is_text(str(path)):  # it could not be sent to an engine
+            return Servable(StoredModel("", refusal="the name of its file is not UTF-8; rename it"), config)
         try:
             file = gguf.read(str(path))
             if model_files.part_of_another(file):
@@ -226,8 +234,17 @@ def _in_folder(folder: str) -> Iterator[Path]:
     return (path for path in model_files.below(Path(folder).expanduser()) if refs.is_model(path.name))
 
 
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _called(servable: Servable, name: str) -> Servable:
     stored = servable.stored
     return Servable(
-        StoredModel(name, stored.kind, stored.needs, stored.refusal[:256]), replace(servable.config, served_as=name)
+        StoredModel(name, stored.kind, stored.needs, printable(stored.refusal)[:256]),
+        replace(servable.config, served_as=name),
     )

@@ -12,6 +12,9 @@ decided here:
               and before a long one.
     reuse     a finished slot retains its tokens. A new request takes the slot with the longest common prefix, or gets
               a copy of the prefix of another slot, also of a running one. Slots are replaced least recently used first.
+    adapters  one decode computes with one adapter, or with none. The tokens of a slot belong to its adapter: only a
+              request with the same one can reuse them. `groups` divides a step: every step decodes all groups, so none
+              waits for another, and a step has no more groups than there are slots.
     cells     a slot never holds more than `context` tokens: a request that could exceed that is refused.
 
 Every slot has a cache of its own, of `context` cells (one cache for all was measured to be slower). llama.cpp decodes
@@ -55,6 +58,8 @@ class Slot:
     fresh: bool = False
     #: When it became free, counted in requests: the smallest is the least recently used.
     used: int = 0
+    #: What its cells were computed with; empty: the model alone.
+    adapter: str = ""
 
     @property
     def waiting(self) -> int:
@@ -108,16 +113,16 @@ class Batcher:
         """Cells in use by running requests. All others are cache, which may be dropped at any time."""
         return sum(slot.cells for slot in self._by_key.values())
 
-    def place(self, key: bytes, tokens: list[int]) -> Placed | None:
+    def place(self, key: bytes, tokens: list[int], adapter: str = "") -> Placed | None:
         """A slot for this request; None: all are taken. At least one token is left to decode, for its output."""
         free = [slot for slot in self.slots if slot.key is None]
         if not free:
             return None
         assert tokens, "a prompt has at least one token"
         assert len(tokens) <= self.context, "a request that could exceed the context should have been refused"
-        placed = self._choose(free, tokens)
+        placed = self._choose(free, tokens, adapter)
         slot = self.slots[placed.slot]
-        slot.key, slot.fresh = key, True
+        slot.key, slot.fresh, slot.adapter = key, True, adapter
         slot.tokens, slot.cells = list(tokens), placed.cached
         self._by_key[key] = slot
         self._prefilling[key] = slot
@@ -149,8 +154,11 @@ class Batcher:
             slot.cells = 0
         return [slot.number for slot in free]
 
-    def _choose(self, free: list[Slot], tokens: list[int]) -> Placed:
-        shared = [common_prefix(slot.tokens[: slot.cells], tokens[:-1]) for slot in self.slots]
+    def _choose(self, free: list[Slot], tokens: list[int], adapter: str) -> Placed:
+        shared = [
+            common_prefix(slot.tokens[: slot.cells], tokens[:-1]) if slot.adapter == adapter else 0
+            for slot in self.slots
+        ]
         own = max(free, key=lambda slot: shared[slot.number])
         apart = self._apart()
         oldest = min(free, key=lambda slot: (apart[slot.number], slot.cells > 0, slot.used))
@@ -190,6 +198,18 @@ class Batcher:
                 self._add(plan, key, slot, count)
                 plan.prefill += count
         return plan if plan.tokens else None
+
+    def groups(self, plan: Plan, first: str = "") -> list[tuple[str, list[int]]]:
+        """The rows of the plan that are decoded together, and their adapter: of each adapter its streams and its
+        prompts. `first`: the adapter to begin with, since to change it costs time.
+        """
+        streams = len(plan.tokens) - plan.prefill
+        found: dict[tuple[str, bool], list[int]] = {}
+        for row, number in enumerate(plan.slots):
+            # Prompts have a call of their own: beside a long prompt every stream would read as many cells as it.
+            found.setdefault((self.slots[number].adapter, row >= streams), []).append(row)
+        order = sorted(found, key=lambda group: (group[0] != first, group[0], not group[1]))
+        return [(group[0], found[group]) for group in order]
 
     def _add(self, plan: Plan, key: bytes, slot: Slot, count: int) -> None:
         start, end = slot.cells, slot.cells + count

@@ -162,6 +162,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_default_params": (ModelParams, []),
     "llama_model_load_from_file": (_PTR, [c_char_p, ModelParams]),
     "llama_model_free": (None, [_PTR]),
+    "llama_adapter_lora_init": (_PTR, [_PTR, c_char_p]),
+    "llama_set_adapters_lora": (c_int32, [_PTR, POINTER(_PTR), c_size_t, POINTER(c_float)]),
     "llama_model_get_vocab": (_PTR, [_PTR]),
     "llama_model_desc": (c_int32, [_PTR, c_char_p, c_size_t]),
     "llama_model_meta_val_str": (c_int32, [_PTR, c_char_p, c_char_p, c_size_t]),

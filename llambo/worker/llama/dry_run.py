@@ -154,15 +154,17 @@ def find_placement(path: str, options: LlamaOptions, free: dict[str, int] | None
 def answer(question: Question) -> Answer:
     options = question.options
     library = llama.open_library(options.library)
+    # Where the matrices of adapters go follows from the layers, so there has to be room for them everywhere.
+    more = model_files.adapter_bytes(options)
     devices = [
-        replace(device, free_bytes=question.free.get(device.name, device.free_bytes))
+        replace(device, free_bytes=max(0, question.free.get(device.name, device.free_bytes) - more))
         for device in placement.usable(_devices(library))
     ]
     if not devices or not question.path:
         return Answer(devices=devices)
     parts = [gguf.read(str(part)) for part in model_files.parts(Path(question.path))]
     sizes = placement.sizes_of(parts)
-    free_bytes = question.free.get(RAM, 0) or host.free_memory_bytes()
+    free_bytes = max(0, (question.free.get(RAM, 0) or host.free_memory_bytes()) - more)
     layout = model_files.unchecked_layout(options, parts[0], free_bytes, host.physical_cores())
     problem = ""
     while True:

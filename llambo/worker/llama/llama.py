@@ -131,6 +131,14 @@ class Model:
         self.endings = [token for token in range(self.tokens) if lib.llama_vocab_is_eog(self.vocab, token)]
         self._endings = frozenset(self.endings)
 
+    def load_adapter(self, path: str) -> int:
+        """Its address. It lives as long as the model."""
+        log = start_library()
+        handle = lib.llama_adapter_lora_init(self.handle, os.fsencode(path))
+        if not handle:
+            raise LoadError(f"the adapter {path} cannot be loaded: {log.reason()}")
+        return int(handle)
+
     @property
     def parameters(self) -> int:
         return int(lib.llama_model_n_params(self.handle))
@@ -282,13 +290,16 @@ class Decoder(LlamaContext):
 
     def __init__(self, model: Model, layout: Layout) -> None:
         slots, context = layout.slots, layout.context
+        #: The most tokens in a step. llama.cpp aborts on a step of more than the context that was asked for.
+        self.rows = min(layout.batch, slots * context)
         # A cache for each sequence was measured to be faster than one for all.
         super().__init__(
-            model, layout, f"{slots} x {context} tokens", layout.batch,
+            model, layout, f"{slots} x {context} tokens", self.rows,
             n_ctx=slots * context, n_seq_max=slots, n_outputs_max=slots, kv_unified=False,
         )  # fmt: skip
         self._vocab = model.tokens
         self.context = int(lib.llama_n_ctx_seq(self.handle))
+        self._adapter = 0
 
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
@@ -300,6 +311,15 @@ class Decoder(LlamaContext):
         # llama.cpp returns them in the order of the batch, and `outputs` is sorted.
         logits = lib.llama_get_logits(self.handle)
         return np.ctypeslib.as_array(logits, shape=(len(outputs), self._vocab))
+
+    def use(self, adapter: int) -> None:
+        """For the steps that follow; 0: none. Each change costs about as much as a step of a very small model."""
+        if adapter != self._adapter:
+            handles, scales = (ctypes.c_void_p * 1)(adapter), (ctypes.c_float * 1)(1.0)
+            code = lib.llama_set_adapters_lora(self.handle, handles, 1 if adapter else 0, scales)
+            if code != 0:
+                raise RuntimeError(f"llama_set_adapters_lora gave {code}")
+            self._adapter = adapter
 
     def copy(self, source: int, slot: int, cells: int) -> bool:
         """Copy the first cells of another slot. Between caches only all cells can be copied, then the copy is cut."""

@@ -23,9 +23,11 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire.conversation import Chat
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Task, Usage
+from llambo.mesh.wire.naming import adapter_fingerprint, with_adapter
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.protocol import Fault, Output, Progress, Ready, Refused, Start
+from llambo.worker.config import Adapter
+from llambo.worker.engine.protocol import Fault, NoSuchAdapter, Output, Progress, Ready, Refused, Start, adapter_of
 from llambo.worker.llama import llama
 from llambo.worker.llama.batching import Batcher, Plan
 from llambo.worker.llama.embedder import Embedder
@@ -98,6 +100,7 @@ class Setup:
     #: Memory for embeddings, checked when the first one is requested. 0: not checked.
     embed_bytes: int = 0
     purpose: Purpose = field(default_factory=Purpose)
+    adapters: tuple[Adapter, ...] = ()
 
     def load(self, send: Callable[[Progress], None]) -> llama.Model:
         """Reports each percent."""
@@ -115,8 +118,11 @@ class Setup:
         note = f"{model.describe()}, {self.layout.slots} x {context} tokens"
         note += f", {self.device_note}" if self.device_note else ""
         note += ", safe settings" if self.safe else ""
-        info = ModelInfo(self.name, self.fingerprint, context, self.purpose.kind)
-        return Ready([info], self.layout.slots, note, str(llama.open_library()))
+        infos = [ModelInfo(self.name, self.fingerprint, context, self.purpose.kind)]
+        for adapter in self.adapters:
+            name, digest = with_adapter(self.name, adapter.name), model_files.digest(adapter.path)
+            infos.append(ModelInfo(name, adapter_fingerprint(self.fingerprint, digest), context, self.purpose.kind))
+        return Ready(infos, self.layout.slots, note, str(llama.open_library()))
 
     def facts(self, model: llama.Model, context: int) -> dict[str, Any]:
         """What `model_info` says of any model."""
@@ -136,6 +142,7 @@ class Setup:
             "context_tokens": context,
             "slots": self.layout.slots,
             "safe": self.safe,
+            **({"adapters": [adapter.name for adapter in self.adapters]} if self.adapters else {}),
         }
 
 
@@ -148,8 +155,11 @@ class LlamaEngine:
         layout = setup.layout
         self._setup = setup
         self._model = setup.load(send)
+        #: By name; the empty one is the model alone.
+        self._adapters = {"": 0} | {each.name: self._model.load_adapter(each.path) for each in setup.adapters}
+        self._adapter_in_use = ""
         self._decoder = llama.Decoder(self._model, layout)
-        self.batcher = Batcher(layout.slots, self._decoder.context, layout.batch)
+        self.batcher = Batcher(layout.slots, self._decoder.context, self._decoder.rows)
         self._shared = llama.shared_candidates(self._model)
         self._guides = Guides(self._model)
         self._streams: dict[bytes, Stream] = {}
@@ -164,7 +174,8 @@ class LlamaEngine:
             info=self._info,
         )
         send(Progress(f"testing {setup.name}"))
-        self._test()
+        for adapter in (None, *setup.adapters):
+            self._test(adapter)
 
     def ready(self) -> Ready:
         return self._setup.ready(self._model, self._decoder.context)
@@ -172,6 +183,13 @@ class LlamaEngine:
     def start(self, start: Start, now_ms: int) -> Refused | None:
         if start.task == "rerank":
             return Refused(start.key, not_for(self._setup, start.task), final=True)
+        try:
+            adapter = adapter_of(start.model, self._setup.name, self._setup.adapters)
+        except NoSuchAdapter as error:
+            return Refused(start.key, error.info)
+        if start.task == "embed" and adapter is not None:
+            text = f"embeddings are computed without adapters; ask {self._setup.name!r} for them"
+            return _refused(start, Code.BAD_REQUEST, text)
         if start.task != "generate":
             return self._tasks.start(start, now_ms)
         started = time.perf_counter()
@@ -202,7 +220,7 @@ class LlamaEngine:
         self._streams[start.key] = Stream(
             start.key, sampler, gate,
             index=len(start.prefix), limit=limit, prompt_tokens=len(prompt),
-            cached_tokens=self._place(start.key, prompt + start.prefix), started=started,
+            cached_tokens=self._place(start.key, prompt + start.prefix, adapter), started=started,
             deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
             top=start.logprobs,
         )  # fmt: skip
@@ -301,9 +319,9 @@ class LlamaEngine:
             return self._guides.guide(wanted.lark)
         return llama.Gbnf(self._model, wanted.gbnf) if wanted.gbnf else None
 
-    def _place(self, key: bytes, tokens: list[int]) -> int:
+    def _place(self, key: bytes, tokens: list[int], adapter: Adapter | None) -> int:
         """Take a slot. Returns how many of the tokens are in the cache already."""
-        placed = self.batcher.place(key, tokens)
+        placed = self.batcher.place(key, tokens, adapter.name if adapter else "")
         assert placed is not None, "there was a free slot a moment ago"
         if placed.copy_from is None:
             usable = self._decoder.cut(placed.slot, placed.cached)
@@ -316,25 +334,23 @@ class LlamaEngine:
 
     # One step.
 
-    def _decode(self, plan: Plan) -> Logits:
+    def _decode(self, plan: Plan) -> list[Logits]:
+        """The logits of each output of the plan, valid until the next step."""
         began = time.perf_counter()
-        streams = len(plan.tokens) - plan.prefill
-        rows = self._decode_part(plan, streams, len(plan.tokens)) if plan.prefill else None
-        if streams:
-            # Prompts have a call of their own: beside a long prompt every stream would read as many cells as it.
-            late = None if rows is None else rows.copy()
-            rows = self._decode_part(plan, 0, streams)
-            if late is not None and len(late):
-                rows = np.concatenate([rows, late])
-        assert rows is not None, "a plan has rows"
+        wanted, found = {row for row, _ in plan.outputs}, dict[int, Logits]()
+        groups = self.batcher.groups(plan, self._adapter_in_use)
+        for adapter, rows in groups:
+            self._decoder.use(self._adapters[adapter])
+            self._adapter_in_use = adapter
+            outputs = [at for at, row in enumerate(rows) if row in wanted]
+            columns = plan.tokens, plan.positions, plan.slots
+            tokens, positions, slots = ([column[row] for row in rows] for column in columns)
+            logits = self._decoder.decode(tokens, positions, slots, outputs)
+            if rows is not groups[-1][1]:
+                logits = logits.copy()  # the next call overwrites them
+            found |= zip([rows[at] for at in outputs], logits, strict=True)
         self.batcher.done(plan, (time.perf_counter() - began) * 1000)
-        return rows
-
-    def _decode_part(self, plan: Plan, first: int, until: int) -> Logits:
-        """These rows of a step. The logits are valid until the next call."""
-        wanted = [row - first for row, _ in plan.outputs if first <= row < until]
-        part = slice(first, until)
-        return self._decoder.decode(plan.tokens[part], plan.positions[part], plan.slots[part], wanted)
+        return [found[row] for row, _ in plan.outputs]
 
     def _advance(self, stream: Stream, logits: Logits) -> Output:
         """Choose the next token, and release text that may be sent."""
@@ -378,18 +394,23 @@ class LlamaEngine:
             stop=stream.gate.stop_string,
         )
 
-    def _test(self) -> None:
+    def _test(self, adapter: Adapter | None) -> None:
         """Decode a prompt of several tokens. If that crashes, it is while loading and not in a request."""
         key = bytes(limits.RUN_KEY_BYTES)
         if self._template is not None:
             self._template.render([{"role": "user", "content": "Hello"}])
         # A vocabulary of bytes has a token for each character; the text has to fit the smallest context.
         text = SELF_TEST[: self._decoder.context // 2 - SELF_TEST_TOKENS]
-        refused = self.start(Start(key, text, max_tokens=SELF_TEST_TOKENS, seed=1), 0)
+        model = with_adapter(self._setup.name, adapter.name) if adapter else ""
+        refused = self.start(Start(key, text, max_tokens=SELF_TEST_TOKENS, seed=1, model=model), 0)
         if refused is not None:
             raise llama.LoadError(f"the self-test was refused: {refused.error.text}")
-        while self._streams:
-            self.step(0)
+        while self._streams and (plan := self.batcher.plan()):
+            for logits in self._decode(plan):
+                if adapter is not None and not np.isfinite(logits).all():
+                    # Its slot would have cells that are no numbers, which spoil whatever uses them next.
+                    raise llama.LoadError(f"the adapter {adapter.path} computes what is not a number: it is damaged")
+                self._advance(self._streams[key], logits)
 
 
 def _refused(start: Start, code: Code, text: str) -> Refused:

@@ -12,7 +12,7 @@ from llambo.worker.llama import binding, dry_run, llama, sampling
 from llambo.worker.llama.llama_engine import LlamaEngine, Setup
 from llambo.worker.llama.pooled_engine import PooledEngine
 from llambo.worker.llama.prompt import BadPrompt
-from llambo.worker.models import gguf, model_files
+from llambo.worker.models import adapters, gguf, model_files
 from llambo.worker.models.purpose import purpose_of
 
 log = logging.getLogger("llambo.engine")
@@ -70,6 +70,9 @@ def _load(
     purpose = purpose_of(file)
     if purpose.problem:
         raise llama.LoadError(f"{path} is {purpose.problem}")
+    for adapter in options.adapters:  # before llama.cpp sees it: some of what may be wrong would end the process
+        if problem := adapters.problem_of(adapter.path, path):
+            raise llama.LoadError(f"the adapter {adapter.path} cannot be used with {path}: {problem}")
     bar = ProgressBar(send, drawn=not configure.hosted)
     # What is free on a GPU is true until the next worker of this machine allocates its model.
     shares_gpu = options.gpu_layers != 0 and library.supports_gpu
@@ -100,5 +103,6 @@ def _load(
             defaults=defaults,
             embed_bytes=0 if placement.layers else model_files.embed_need(options, file, layout.context),
             purpose=purpose,
+            adapters=options.adapters,
         )
         return LlamaEngine(setup, bar) if purpose.kind == "generate" else PooledEngine(setup, bar, alive)

@@ -6,12 +6,13 @@ file, impossible counts and lengths. No number is accepted that the size of the 
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
 from struct import error as struct_error
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -25,12 +26,17 @@ ARRAY_VALUES = 64
 _U32, _U64 = Struct("<I"), Struct("<Q")
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRUCTS = {kind: Struct(form) for kind, form in _SCALARS.items()}
-_STRING, _ARRAY = 8, 9
+F32, STRING, _ARRAY = 6, 8, 9
 #: Values in a block and bytes of a block, by tensor type. Unknown types are not checked.
 _BLOCKS = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84),
     11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 30: (1, 2),
 }  # fmt: skip
+
+
+def is_number(kind: int) -> bool:
+    """A type of tensors that a matrix can have, quantised or not."""
+    return kind in _BLOCKS
 
 
 #: What the header has under a key.
@@ -39,6 +45,11 @@ MetaValue = bool | int | float | str | list["MetaValue"]
 
 class BadModelFile(Exception):
     """The file is not a model, or is incomplete; the text gives the reason."""
+
+
+class Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    kind: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,9 @@ class ModelFile:
     tensor_sizes: tuple[tuple[str, int], ...] = ()
     #: Tokens of the vocabulary, by the shape of their embeddings; 0: this file has none.
     vocabulary: int = 0
+    shapes: dict[str, Tensor] = field(default_factory=dict)
+    #: The kind of each value of the metadata, as a number of the format.
+    kinds: dict[str, int] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -97,6 +111,7 @@ class _Reader:
         self._path = path
         self._size = size
         self._vocabulary = 0
+        self._shapes: dict[str, Tensor] = {}
 
     def model(self) -> ModelFile:
         if self._file.read(4) != MAGIC:
@@ -108,11 +123,13 @@ class _Reader:
         if tensors > MAX_TENSORS or entries > MAX_ENTRIES:
             raise BadModelFile(f"{self._path} is damaged: {tensors} tensors, {entries} entries")
         meta: dict[str, MetaValue] = {}
+        kinds: dict[str, int] = {}
         for _ in range(entries):
             key = self._string(MAX_KEY_BYTES)
-            meta[key] = self._value(self._u32(), 0)
+            kinds[key] = self._u32()
+            meta[key] = self._value(kinds[key], 0)
         sizes = self._tensors(tensors, meta)
-        return ModelFile(self._path, self._size, meta, tensors, sizes, self._vocabulary)
+        return ModelFile(self._path, self._size, meta, tensors, sizes, self._vocabulary, self._shapes, kinds)
 
     def _tensors(self, count: int, meta: dict[str, MetaValue]) -> tuple[tuple[str, int], ...]:
         """The name and the size of each."""
@@ -123,13 +140,12 @@ class _Reader:
             dimensions = self._u32()
             if dimensions > 8:
                 raise BadModelFile(f"{self._path} is damaged: a tensor of {dimensions} dimensions")
-            values = 1
-            for _ in range(dimensions):
-                length = self._u64()
-                values *= length
+            shape = tuple(self._u64() for _ in range(dimensions))
+            values = math.prod(shape)
             if name == "token_embd.weight" and dimensions:
-                self._vocabulary = length
+                self._vocabulary = shape[-1]
             kind, offset = self._u32(), self._u64()
+            self._shapes[name] = Tensor(shape, kind)
             block, size = _BLOCKS.get(kind, (1, 0))
             end = max(end, offset + values // block * size)
             places.append((offset, name))
@@ -147,7 +163,7 @@ class _Reader:
     def _value(self, kind: int, depth: int) -> MetaValue:
         if kind in _STRUCTS:
             return self._unpack(_STRUCTS[kind])
-        if kind == _STRING:
+        if kind == STRING:
             return self._string(self._size)
         if kind != _ARRAY or depth > 2:
             raise BadModelFile(f"{self._path} is damaged: a value of kind {kind}")
@@ -156,7 +172,7 @@ class _Reader:
         if inner in _STRUCTS and count > ARRAY_VALUES:
             self._skip(count * _STRUCTS[inner].size)
             return []
-        if inner == _STRING and count > ARRAY_VALUES:
+        if inner == STRING and count > ARRAY_VALUES:
             return self._first_strings(count)
         values = []
         for number in range(count):

@@ -222,7 +222,12 @@ def _cache(options: LlamaOptions, file: ModelFile, context: int) -> int:
 
 
 def _need(options: LlamaOptions, file: ModelFile, context: int) -> int:
-    return file.size_bytes + _cache(options, file, context) + WORK_BYTES + _step(options, file, context)
+    more = _cache(options, file, context) + adapter_bytes(options) + _step(options, file, context)
+    return file.size_bytes + WORK_BYTES + more
+
+
+def adapter_bytes(options: LlamaOptions) -> int:
+    return sum(Path(adapter.path).stat().st_size for adapter in options.adapters)
 
 
 def _step(options: LlamaOptions, file: ModelFile, context: int) -> int:

@@ -1,0 +1,147 @@
+"""Adapters (LoRA): which model a file belongs to, by its header, and which a worker of a model gets.
+
+llama.cpp ends the process where a value of the metadata has another type than it expects, so this is checked here
+first. It would also find most of the rest, but only when the model is loaded: a folder is looked through before that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.naming import PLUS, is_adapter_name, with_adapter
+from llambo.worker.config import Adapter, mesh_name
+from llambo.worker.models import gguf
+from llambo.worker.models.gguf import BadModelFile, ModelFile
+from llambo.worker.models.model_files import NoSuchModel, find, parts
+from llambo.worker.models.purpose import purpose_of
+
+log = logging.getLogger(__name__)
+
+_A, _B = ".lora_a", ".lora_b"
+#: Keys that llama.cpp reads, and the kinds of their values.
+_KINDS = {"general.type": gguf.STRING, "adapter.type": gguf.STRING, "adapter.lora.alpha": gguf.F32}
+
+
+class BadAdapter(Exception):
+    """An adapter that cannot be used as it was named; the text says why."""
+
+
+def is_adapter(file: ModelFile) -> bool:
+    return file.meta.get("general.type") == "adapter"
+
+
+def named(text: str) -> tuple[Adapter, ...]:
+    """`NAME=FILE,NAME=FILE`, as `--lora` has them. Raises BadAdapter."""
+    found: dict[str, Adapter] = {}
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        name, equals, path = part.partition("=")
+        name = name if equals else mesh_name(part)
+        path = path if equals else part
+        if not is_adapter_name(name) or not path:
+            raise BadAdapter(f"{part!r} is not NAME=FILE, with a name that has no space, +, @, comma, colon or slash")
+        if name in found:
+            raise BadAdapter(f"two adapters are called {name!r}")
+        found[name] = Adapter(name, path)
+    if len(found) > limits.ADAPTERS:
+        raise BadAdapter(f"{len(found)} adapters, and a worker has at most {limits.ADAPTERS}")
+    return tuple(found.values())
+
+
+def of_model(served_as: str, given: Iterable[Adapter], aliases: Mapping[str, str]) -> tuple[Adapter, ...]:
+    """Those that are given, and those of llambo.toml: `"smollm2+pirate" = "FILE"`. Raises BadAdapter, NoSuchModel."""
+    found = {each.name: Adapter(each.name, str(_file(each.path))) for each in given}
+    for alias, target in aliases.items():
+        model, plus, name = alias.rpartition(PLUS)
+        if plus and model == served_as and name not in found:
+            if not is_adapter_name(name):
+                raise BadAdapter(f"{alias!r} in llambo.toml does not end in the name of an adapter")
+            found[name] = Adapter(name, str(_file(target)))
+    if len(found) > limits.ADAPTERS:
+        raise BadAdapter(f"{served_as} has {len(found)} adapters, and a worker has at most {limits.ADAPTERS}")
+    for name in found:
+        if len(with_adapter(served_as, name)) > limits.NAME_CHARS:
+            raise BadAdapter(
+                f"the name {with_adapter(served_as, name)!r} is longer than {limits.NAME_CHARS} characters"
+            )
+    return tuple(found.values())
+
+
+def _file(path: str) -> Path:
+    try:
+        return find(path)
+    except NoSuchModel as error:
+        raise NoSuchModel(f"adapter {path}: {error}", error.hint) from error
+
+
+def problem_of(path: str, base: str) -> str:
+    """Why this adapter cannot be used with this model; empty if it can, as far as the headers show it."""
+    try:
+        return misfit(gguf.read(path), gguf.read(base), shapes_of(base))
+    except (BadModelFile, OSError) as error:
+        return str(error)
+
+
+def shapes_of(base: str) -> dict[str, tuple[int, ...]]:
+    """Of all tensors of a model, which may be in several files."""
+    return {name: each.shape for part in parts(Path(base)) for name, each in gguf.read(str(part)).shapes.items()}
+
+
+def misfit(file: ModelFile, base: ModelFile, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if not is_adapter(file):
+        return "it is no adapter (general.type)"
+    for key, kind in _KINDS.items():
+        if file.kinds.get(key, kind) != kind:
+            return f"it is damaged: {key} has a value of another type"
+    if (name := file.meta.get("adapter.type")) != "lora":
+        return f"it is an adapter of type {name!r}, and only lora is supported"
+    if "adapter.alora.invocation_tokens" in file.meta:
+        return "it is an activated LoRA, which works from certain tokens on; that is not supported"
+    if purpose_of(base).kind != "generate":
+        return "the model does not generate text"
+    if file.architecture != base.architecture:
+        return f"it is for models of the architecture {file.architecture}, and this one is {base.architecture}"
+    return _misfit_of_tensors(file, shapes)
+
+
+def _misfit_of_tensors(file: ModelFile, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in file.shapes.items():
+        suffix = name[-len(_A) :]
+        if suffix in (_A, _B):
+            if len(tensor.shape) != 2 or not gguf.is_number(tensor.kind):
+                return f"{name} is no matrix of numbers"
+            pairs.setdefault(name.removesuffix(suffix), {})[suffix] = tensor.shape
+        elif not name.endswith("_norm.weight"):
+            return f"{name} is no tensor of a LoRA"
+    if not pairs:
+        return "it has no tensors"
+    for name, pair in pairs.items():
+        if len(pair) < 2:
+            return f"one of both matrices for {name} is missing"
+        if name not in shapes:
+            return f"it changes {name}, which the model does not have: it is for another model"
+        a, b, whole = pair[_A], pair[_B], shapes[name][:2]
+        # The embeddings of tokens are looked up, not multiplied, so both matrices are transposed.
+        wanted = (b[1], a[1]) if name.endswith("token_embd.weight") else (a[0], b[1])
+        inner = (a[0], b[0]) if name.endswith("token_embd.weight") else (a[1], b[0])
+        if inner[0] != inner[1] or wanted != whole:
+            return f"its matrices for {name} are {a} and {b}, and that of the model is {whole}: it is for another model"
+    return ""
+
+
+def belongs_to(
+    file: ModelFile, bases: Mapping[str, ModelFile], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> list[str]:
+    """The models, by name, that an adapter in a folder is served with: those that it fits.
+
+    If it says which model it was made for (`general.base_model`), and that is among them, only this one.
+    """
+    fitting = [name for name, base in bases.items() if not misfit(file, base, shapes[name])]
+    made_for = {
+        str(file.meta.get(f"general.base_model.0.{key}", "")).rpartition("/")[2] for key in ("name", "repo_url")
+    }
+    own = [name for name in fitting if {name, str(bases[name].meta.get("general.name", ""))} & (made_for - {""})]
+    return own or fitting
