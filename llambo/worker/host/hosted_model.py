@@ -74,6 +74,8 @@ class ModelAtHost:
     used_at: int = 0
     #: What it takes while it is loaded. The catalogue may say something else since then.
     takes: Sizes = field(default_factory=dict)
+    #: Of the kinds of memory that were measured while it was loaded: what this file needs, with these settings.
+    measured: Sizes = field(default_factory=dict)
     #: The refusals of its worker that are known.
     refusals: int = 0
     holders: dict[str, Holder] = field(default_factory=dict)
@@ -90,6 +92,11 @@ class ModelAtHost:
     @property
     def name(self) -> str:
         return self.stored.name
+
+    @property
+    def needs(self) -> Sizes:
+        """The estimate of the catalogue until it was loaded once."""
+        return {**self.stored.needs, **self.measured}
 
     @property
     def pinned(self) -> bool:
@@ -121,7 +128,7 @@ class ModelAtHost:
             kind=self.stored.kind,
             state=state,
             percent=self.percent if state == "loading" else 0,
-            needs=self.stored.needs,
+            needs=self.needs,
             worker=self.worker if self.loaded else "",
             pinned=self.pinned,
             holders=list(self.holders),
