@@ -240,8 +240,11 @@ class Beats:
     proof_after: int = 0
     next_at: int = 0
     sent_at: int = 0
-    #: Since when there is something to report at each interval.
+    #: There is nothing to report, so beats may be rare; since when there is something.
+    idle: bool = False
     busy_at: int = 0
+    #: This peer has requests of the broker, so the silence of either matters at once.
+    serves: bool = False
 
     def begin(self, now_ms: int) -> None:
         self.number = self.proof_after = 0
@@ -293,8 +296,6 @@ class LinkCore:
         self._redundant = redundant
         self._lost_at = NEVER_MS
         self._since = 0
-        #: As its owner says: beats may be rare; and what the broker does matters at once, because it has requests.
-        self._idle = self._serves = False
 
     @property
     def welcomed(self) -> bool:
@@ -308,7 +309,7 @@ class LinkCore:
     @property
     def _beat_at(self) -> int:
         beats, terms = self.beats, self.terms
-        if self._idle and self.state is LinkState.UP:
+        if beats.idle and self.state is LinkState.UP:
             return min(beats.next_at, beats.sent_at + terms.idle_ms)
         return min(beats.next_at, max(beats.sent_at, beats.busy_at) + terms.heartbeat_ms)
 
@@ -316,7 +317,7 @@ class LinkCore:
     def _silence_ms(self) -> int:
         """How long a broker may be silent."""
         if self.attempts.choices == 1:
-            return self.terms.lease_ms if self._serves else max(self.terms.lease_ms, IDLE_BEATS * self.terms.idle_ms)
+            return self.terms.lease_ms if self.beats.serves else max(self.terms.lease_ms, IDLE_BEATS * self.terms.idle_ms)
         return min(self.terms.lease_ms, max(SILENT_MS, 10 * self.terms.heartbeat_ms))
 
     # --- what arrives ------------------------------------------------------------------------------
@@ -382,9 +383,10 @@ class LinkCore:
 
     def on_load(self, now_ms: int, *, idle: bool, serves: bool) -> None:
         """`idle`: there is nothing to report. `serves`: this peer has requests of that broker."""
-        if self._idle and not idle:
-            self.beats.busy_at = now_ms
-        self._idle, self._serves = idle, serves
+        beats = self.beats
+        if beats.idle and not idle:
+            beats.busy_at = now_ms
+        beats.idle, beats.serves = idle, serves
 
     def on_missing(self, behind: int, now_ms: int) -> None:
         """The token plane is `behind` beats behind the control plane."""
