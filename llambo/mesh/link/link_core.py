@@ -317,7 +317,9 @@ class LinkCore:
     def _silence_ms(self) -> int:
         """How long a broker may be silent."""
         if self.attempts.choices == 1:
-            return self.terms.lease_ms if self.beats.serves else max(self.terms.lease_ms, IDLE_BEATS * self.terms.idle_ms)
+            return (
+                self.terms.lease_ms if self.beats.serves else max(self.terms.lease_ms, IDLE_BEATS * self.terms.idle_ms)
+            )
         return min(self.terms.lease_ms, max(SILENT_MS, 10 * self.terms.heartbeat_ms))
 
     # --- what arrives ------------------------------------------------------------------------------
