@@ -16,7 +16,7 @@ IDLE_EACH_MS, IDLE_MS = 10, 5_000
 BUSY_SESSIONS, BUSY_PART = 2, 4
 
 
-class Pace(NamedTuple):
+class Intervals(NamedTuple):
     """Intervals of heartbeats: to a worker with runs, from it, and both ways while it has none."""
 
     ping_ms: int
@@ -49,11 +49,11 @@ class Timing:
     #: How much longer each session makes the interval of workers without runs.
     idle_each_ms: int = IDLE_EACH_MS
 
-    def pace(self, sessions: int) -> Pace:
+    def pace(self, sessions: int) -> Intervals:
         busy_ms = min(sessions // BUSY_SESSIONS, self.lease_ms // BUSY_PART)
         idle_ms = min(sessions * self.idle_each_ms, IDLE_MS)
         beat_ms = max(self.heartbeat_ms, busy_ms)
-        return Pace(max(self.ping_ms, busy_ms), beat_ms, max(beat_ms, idle_ms))
+        return Intervals(max(self.ping_ms, busy_ms), beat_ms, max(beat_ms, idle_ms))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, assert_never
 
-from llambo.broker import fleet_leases, housekeeping
+from llambo.broker import fleet_leases, housekeeping, load
 from llambo.broker.access import permissions
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import (
@@ -109,6 +109,7 @@ class BrokerCore:
             case WorkerSaid():
                 self._worker_said(event, now_ms)
             case Tick():
+                load.ticked(state, event, now_ms)
                 self._tick(now_ms)
             case Subscribed(topic):
                 membership.subscribed(state, topic, now_ms)

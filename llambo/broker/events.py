@@ -79,6 +79,13 @@ class StopAsked(msgspec.Struct, frozen=True):
 class Tick(msgspec.Struct, frozen=True):
     """Time has passed."""
 
+    #: The longest turn of the shell's loop since the last tick.
+    turn_ms: int = 0
+    #: For how long there has been something on the control planes that was not read yet; 0: everything was read.
+    unread_ms: int = 0
+    #: The limit of descriptors, while most of them are in use; else 0.
+    crowded: int = 0
+
 
 Event = (
     ClientSaid

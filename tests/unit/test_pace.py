@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llambo.broker.config import Pace, Timing
+from llambo.broker.config import Intervals, Timing
 from llambo.broker.events import PeersDisconnected
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.codec import NO_SESSION
@@ -36,8 +36,8 @@ def beats(bench: Bench, length_ms: int, route: bytes = b"wi") -> list[m.BrokerHe
 def test_intervals_follow_the_number_of_sessions() -> None:
     timing = Timing()
     assert [timing.pace(sessions) for sessions in (1, 20, 100, 400, 1_000, 20_000)] == [
-        Pace(100, 200, 200), Pace(100, 200, 200), Pace(100, 200, 1_000), Pace(200, 200, 4_000),
-        Pace(500, 500, 5_000), Pace(500, 500, 5_000),
+        Intervals(100, 200, 200), Intervals(100, 200, 200), Intervals(100, 200, 1_000), Intervals(200, 200, 4_000),
+        Intervals(500, 500, 5_000), Intervals(500, 500, 5_000),
     ]  # fmt: skip
 
 

@@ -67,6 +67,8 @@ def _refusal(state: State, hello: m.HostHello, identity: Identity | None) -> Err
         return ErrorInfo(Code.FORBIDDEN, f"the key {own!r} is for hosts called {own!r} or {own + '-...'!r}")
     if hello.name not in state.hosts.by_name and len(state.hosts.sessions) >= HOST_SESSIONS:
         return ErrorInfo(Code.BUSY, f"{HOST_SESSIONS} hosts are connected", 1_000)
+    if hello.name not in state.hosts.by_name and (crowded := membership.crowded(state)) is not None:
+        return crowded
     return membership.version_problem(hello.versions)
 
 
@@ -175,7 +177,7 @@ def heartbeat_round(state: State, now_ms: int) -> None:
     timing = state.config.timing
     for host in list(state.hosts.sessions.values()):
         silent_ms, gone_at = now_ms - host.link.heard_at, host.link.route_gone_at
-        if silent_ms >= timing.lease_ms:
+        if silent_ms >= timing.lease_ms + membership.unread_ms(state, timing.lease_ms):
             _lose(state, host, f"silent for {silent_ms} ms", now_ms)
         elif gone_at and now_ms - gone_at >= timing.reconnect_grace_ms:
             _lose(state, host, "its connection is gone", now_ms)

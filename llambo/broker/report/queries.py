@@ -92,6 +92,8 @@ def status(state: State, argument: str, now_ms: int, who: Identity) -> reports.M
         transcript_bytes=state.held_bytes,
         detached_bytes=state.archive.detached_bytes,
         remembered=len(state.archive.ended),
+        turn_ms=state.measured.load.last_second_ms,
+        behind=state.measured.load.behind,
         policy=state.config.policy,
         models=models(state, "", now_ms, who),
         identities=identities(state, who),

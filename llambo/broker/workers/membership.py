@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from itertools import count
+from collections.abc import Iterable, Mapping
+from itertools import chain, count, islice
 
-from llambo.broker.config import Pace
+from llambo.broker.config import Intervals
 from llambo.broker.events import Publish, ToClient, ToWorker
 from llambo.broker.records.backlog import Backlog
 from llambo.broker.records.registry import ClientEntry, Serving, Session, WorkerEntry
@@ -28,7 +28,11 @@ WORKER_SESSIONS = 20_000
 IDLE_LEASE_BEATS = 4
 #: From the end of a connection until libzmq refuses to send there.
 PROBE_MS = 5
-#: Notes in one heartbeat to a client.
+#: Requests that one round of heartbeats to clients is about, of all of them together, and places in the queue; so many
+#: of each client at least. Those of one client take turns if it has more.
+REQUESTS_TOLD, LEAST_TOLD = 10_000, 10
+PLACES = 1_000
+#: Notes in one heartbeat to a client, on its oldest requests.
 NOTES = 256
 REVOKED = ErrorInfo(Code.UNAUTHORIZED, "this key is not valid any more")
 
@@ -59,6 +63,8 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
     there = state.registry.worker_names.get(hello.name)
     if problem is None and there is None and len(state.registry.workers) >= WORKER_SESSIONS:
         problem = ErrorInfo(Code.BUSY, f"{WORKER_SESSIONS} workers are connected", 1_000)
+    if problem is None and there is None:
+        problem = crowded(state)
     if there is not None and problem is None:
         same = there.hello.incarnation == hello.incarnation and there.link.user == user
         if same and there.link.route == route:
@@ -252,6 +258,14 @@ def find_disconnected(state: State, now_ms: int) -> None:
     wakeups.worker_round_at = min(wakeups.worker_round_at, soon)
 
 
+def unread_ms(state: State, lease_ms: int) -> int:
+    """A message of a peer may be among those that are not read yet. Twice its lease is the most, whatever others send.
+
+    Sockets take turns among their connections, so a peer that sends without an end does not hide what others send.
+    """
+    return min(state.measured.load.unread_ms, lease_ms)
+
+
 def worker_round(state: State, now_ms: int) -> None:
     """Heartbeats to the workers for which they are due. Sending is also how a dead one is found: its route is gone.
 
@@ -287,10 +301,10 @@ def _lease_is_out(state: State, worker: WorkerEntry, now_ms: int) -> bool:
     lease_ms, link = state.config.timing.lease_ms, worker.link
     if worker.hello.paced and not worker.claims:
         lease_ms = max(lease_ms, IDLE_LEASE_BEATS * link.idle_ms)
-    return now_ms - max(link.heard_at, link.busy_at) >= lease_ms
+    return now_ms - max(link.heard_at, link.busy_at) >= lease_ms + unread_ms(state, lease_ms)
 
 
-def _heartbeat_worker(state: State, worker: WorkerEntry, pace: Pace, now_ms: int) -> None:
+def _heartbeat_worker(state: State, worker: WorkerEntry, pace: Intervals, now_ms: int) -> None:
     """Its idle interval changes by a factor of two at most each time: one lost heartbeat then ends no lease."""
     link = worker.link
     link.idle_ms = min(max(pace.idle_ms, link.idle_ms // 2), 2 * link.idle_ms)
@@ -312,6 +326,8 @@ def client_hello(state: State, route: bytes, hello: m.ClientHello, user: str, no
         problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a client")
     if problem is None and len(registry.clients) >= CLIENT_SESSIONS:
         problem = ErrorInfo(Code.BUSY, f"{CLIENT_SESSIONS} clients are connected", 1_000)
+    if problem is None and route not in registry.clients.by_route:
+        problem = crowded(state)
     if problem is not None:
         state.counters.peers.problems += 1
         state.out.append(ToClient(route, NO_SESSION, m.Problem(problem)))
@@ -349,19 +365,35 @@ def _heartbeat_client(state: State, client: ClientEntry) -> None:
     """On both planes, with the progress of each of its requests, so that a lost tail is always noticed."""
     beats = client.beats
     beats.number += 1
+    places = max(1, PLACES // len(state.registry.clients))
     progress: dict[bytes, int] = {}
     waiting: dict[bytes, int] = {}
     notes: dict[bytes, str] = {}
-    for id in () if client.backlog.full else client.following:
+    for id in () if client.backlog.full else _in_turn(client, places):
         request = state.requests[id]
         if request.state is RequestState.WAITING:
+            if len(waiting) == places:
+                continue
             waiting[id] = state.queue.ahead(request)
-            if state.hosts.waits and len(notes) < NOTES and (note := state.hosts.note(request.model)):
-                notes[id] = note
         elif request.stream:
             progress[id] = request.transcript.next_index
+    for id in islice(client.following, NOTES) if state.hosts.waits and not client.backlog.full else ():
+        request = state.requests[id]
+        if request.state is RequestState.WAITING and (note := state.hosts.note(request.model)):
+            notes[id] = note
     state.out.append(Publish([client.topic + tokens.encode_beat(beats.number, client.session)]))
     state.to_client(client, m.BrokerHeartbeat(beats.number, beats.echo, progress, waiting, notes=notes))
+
+
+def _in_turn(client: ClientEntry, places: int) -> Iterable[bytes]:
+    """The requests that this heartbeat is about: all of them, unless they are very many."""
+    following = client.following
+    if len(following) <= places:
+        return following
+    # Another part comes first each time, so that each of them has its turn.
+    at = client.beats.number * places % len(following)
+    told = min(len(following), max(LEAST_TOLD, REQUESTS_TOLD * places // PLACES))
+    return list(islice(chain(islice(following, at, None), following), told))
 
 
 def client_left(state: State, client: ClientEntry, goodbye: m.Goodbye, blob: bytes, now_ms: int) -> None:
@@ -375,7 +407,8 @@ def lose_client(state: State, client: ClientEntry, now_ms: int) -> None:
 
 def client_round(state: State, now_ms: int) -> None:
     for client in list(state.registry.clients.values()):
-        if now_ms - client.link.heard_at >= state.config.timing.client_lease_ms:
+        lease_ms = state.config.timing.client_lease_ms
+        if now_ms - client.link.heard_at >= lease_ms + unread_ms(state, lease_ms):
             state.counters.peers.clients_lost += 1
             lose_client(state, client, now_ms)
         else:
@@ -425,6 +458,14 @@ def welcome_to(
         pull=state.access.identities is not None,
         idle_ms=idle_ms,
     )
+
+
+def crowded(state: State) -> ErrorInfo | None:
+    """Why there is no room for another peer: it would need descriptors, and libzmq is silent when there are none."""
+    if not (limit := state.measured.load.crowded):
+        return None
+    text = f"most of the {limit} descriptors that this broker may have are in use"
+    return ErrorInfo(Code.BUSY, text, 1_000, "raise its limit (ulimit -Hn, or LimitNOFILE= of its unit)")
 
 
 def version_problem(versions: tuple[int, int]) -> ErrorInfo | None:

@@ -94,6 +94,8 @@ class MeshView(View, frozen=True, kw_only=True):
     waiting: int
     tokens_per_s: float
     requests_per_s: float
+    #: The broker does not keep up, and refuses new requests.
+    behind: bool
     models: list[ModelView]
     counters: dict[str, int]
     #: When the broker started.

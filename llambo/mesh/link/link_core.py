@@ -117,9 +117,11 @@ LINK_STEPS: dict[LinkState, dict[LinkState, str]] = {
 
 #: Token-plane beats that may be missing before the plane counts as down.
 MISSING_BEATS = 3
-#: How long a hello waits for its answer before it is sent again, and before the sockets are replaced.
+#: How long a hello waits for its answer before it is sent again, and before the sockets are replaced. The latter grows,
+#: since a broker that a thousand peers join at once may need longer, and with new sockets a peer loses its place.
 HELLO_AGAIN_MS = 500
 GREETING_MS = 5_000
+GREETING_DOUBLED = 2
 #: The pause before another attempt: doubles from the first to the last.
 BACKOFF_MS = (100, 2_000)
 #: If there is an alternative: how long a connection may be broken, how long a broker may be silent, and how long a
@@ -206,7 +208,7 @@ class Attempts:
     @property
     def greeting_ms(self) -> int:
         if self.choices == 1:
-            return GREETING_MS
+            return GREETING_MS << min(self.failed, GREETING_DOUBLED)
         return min(TRY_MS << min(self.failed // self.choices, 8), GREETING_MS)
 
     def begin(self) -> None:

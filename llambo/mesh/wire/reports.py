@@ -178,6 +178,10 @@ class MeshStatus(_Row, frozen=True, kw_only=True):
     identities: list[AccountRow] = []
     #: By name, since the broker started.
     counters: dict[str, int] = {}
+    #: The longest turn of the broker's loop in the last second.
+    turn_ms: int = 0
+    #: The broker does not keep up, and refuses new requests.
+    behind: bool = False
 
     @property
     def busy_slots(self) -> int:
