@@ -226,7 +226,7 @@ class BrokerServer:
             self._count(now)
             # (What lies unread is older than `now` only if the turn before this one has left it.)
             unread_ms = now - min(self._turns.unread_at.values(), default=now)
-            actions += handle(Tick(self._turns.longest_ms, unread_ms), now)
+            actions += handle(Tick(self._turns.longest_ms, unread_ms, self._headroom.crowded), now)
             self._turns.longest_ms = 0
         self._perform(actions)
         while self.core.state.journal.log:
@@ -239,9 +239,7 @@ class BrokerServer:
 
     def _count(self, now: int) -> None:
         """What the shell has counted, for the metrics."""
-        counted = Counted(
-            self.dropped, self._zap.refused if self._zap else 0, self._grants.refused, self._headroom.crowded
-        )
+        counted = Counted(self.dropped, self._zap.refused if self._zap else 0, self._grants.refused)
         if counted != self.core.state.measured.shell:
             self._perform(self.core.handle(counted, now))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llambo.broker.events import Counted, Tick
+from llambo.broker.events import Tick
 from llambo.broker.load import LONG_MS
 from llambo.broker.workers import membership
 from llambo.mesh.wire import messages as m
@@ -99,7 +99,7 @@ def test_what_is_unread_does_not_extend_a_lease_for_ever() -> None:
 def test_without_descriptors_for_more_peers_new_ones_are_refused() -> None:
     # Given a broker that has used up most of its descriptors
     bench, worker, client = small_mesh(lease_ms=10**6, client_lease_ms=10**6)
-    bench.handle(Counted(crowded=1_024))
+    bench.handle(Tick(crowded=1_024))
     # When others want to join, Then they are told why not
     late = bench.worker("late", incarnation=b"2")
     (problem,) = late.received(m.Problem)
@@ -112,7 +112,7 @@ def test_without_descriptors_for_more_peers_new_ones_are_refused() -> None:
     assert worker.dispatches
     again = bench.worker(incarnation=b"another", route=worker.route)
     assert not any(problem.error.code is Code.BUSY for problem in again.received(m.Problem))
-    bench.handle(Counted())
+    bench.handle(Tick())
     assert bench.worker("later", incarnation=b"3").received(m.Welcome)
 
 
