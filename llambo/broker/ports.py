@@ -24,7 +24,7 @@ from llambo.mesh.wire.identity import CLIENT_DOMAIN, WORKER_DOMAIN
 
 #: How often descriptors and peers are counted, and when a warning is repeated.
 LOOK_MS, WARN_AGAIN_MS = 1_000, 60_000
-#: New sessions are refused when so many percent of the descriptors are in use: their peers can be told so.
+#: New sessions are refused when so many percent of the descriptors are in use: their peers can be sent the reason.
 CROWDED_PERCENT = 90
 #: What libzmq stores of what has arrived and was not read, and of tokens that clients do not read: frames of all peers
 #: together, and of each at least.

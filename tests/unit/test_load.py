@@ -100,7 +100,7 @@ def test_without_descriptors_for_more_peers_new_ones_are_refused() -> None:
     # Given a broker that has used up most of its descriptors
     bench, worker, client = small_mesh(lease_ms=10**6, client_lease_ms=10**6)
     bench.handle(Tick(crowded=1_024))
-    # When others want to join, Then they are told why not
+    # When others want to join, Then they are refused with the reason
     late = bench.worker("late", incarnation=b"2")
     (problem,) = late.received(m.Problem)
     assert (problem.error.code, problem.error.retry_after_ms > 0) == (Code.BUSY, True)

@@ -97,8 +97,8 @@ def test_an_interval_grows_step_by_step() -> None:
     for number in range(1_000):
         bench.client(number.to_bytes(3, "big"))
     # Then each heartbeat doubles it: a peer that misses one does not take the next for late
-    told = [beat.idle_ms for beat in beats(bench, 4_000, worker.route)]
-    assert told[:4] == [400, 800, 1_001, 1_001]
+    sent = [beat.idle_ms for beat in beats(bench, 4_000, worker.route)]
+    assert sent[:4] == [400, 800, 1_001, 1_001]
 
 
 def test_when_a_connection_ends_it_is_found_at_once() -> None:

@@ -30,7 +30,7 @@ IDLE_LEASE_BEATS = 4
 PROBE_MS = 5
 #: Requests that one round of heartbeats to clients is about, of all of them together, and places in the queue; so many
 #: of each client at least. Those of one client take turns if it has more.
-REQUESTS_TOLD, LEAST_TOLD = 10_000, 10
+REQUESTS_SHOWN, LEAST_SHOWN = 10_000, 10
 PLACES = 1_000
 #: Notes in one heartbeat to a client, on its oldest requests.
 NOTES = 256
@@ -392,8 +392,8 @@ def _in_turn(client: ClientEntry, places: int) -> Iterable[bytes]:
         return following
     # Another part comes first each time, so that each of them has its turn.
     at = client.beats.number * places % len(following)
-    told = min(len(following), max(LEAST_TOLD, REQUESTS_TOLD * places // PLACES))
-    return list(islice(chain(islice(following, at, None), following), told))
+    shown = min(len(following), max(LEAST_SHOWN, REQUESTS_SHOWN * places // PLACES))
+    return list(islice(chain(islice(following, at, None), following), shown))
 
 
 def client_left(state: State, client: ClientEntry, goodbye: m.Goodbye, blob: bytes, now_ms: int) -> None:
