@@ -74,6 +74,8 @@ class ModelAtHost:
     used_at: int = 0
     #: What it takes while it is loaded. The catalogue may say something else since then.
     takes: Sizes = field(default_factory=dict)
+    #: Those that it was loaded with. One that is added later is served when it is loaded again.
+    adapters: tuple[str, ...] = ()
     #: The refusals of its worker that are known.
     refusals: int = 0
     holders: dict[str, Holder] = field(default_factory=dict)
@@ -127,6 +129,7 @@ class ModelAtHost:
             holders=list(self.holders),
             load_ms=history.took_ms,
             loads=history.loads,
+            adapters=list(self.adapters if self.loaded else self.stored.adapters),
             note=(refusal or history.problem)[:256],
             # 0 would mean that it can never be loaded.
             retry_ms=max(1, history.retry_at - now_ms) if state == "failed" and not refusal else 0,
