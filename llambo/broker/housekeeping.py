@@ -12,6 +12,7 @@ from llambo.broker.report import history
 from llambo.broker.requests import admission, ending, same_model
 from llambo.broker.workers import membership, speed
 from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.reports import waiting
 
 SWEEP_MS = 1_000
 #: Models remembered, with or without a worker.
@@ -21,6 +22,8 @@ MODELS_KNOWN = 1_000
 def sweep(state: State, now_ms: int) -> None:
     for request in state.queue.expired(now_ms):
         text = f"waited {state.config.bounds.queue_ms} ms for a worker"
+        if note := state.hosts.note(request.model):
+            text += f"; last {waiting(note)}"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))
     speed.compare(state, now_ms)
     fleet_leases.expire(state, now_ms)

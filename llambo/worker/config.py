@@ -188,4 +188,9 @@ class HostConfig:
 
 def mesh_name(model: str) -> str:
     """The name of a model in the mesh: for a file its last part without the suffix, otherwise the name itself."""
-    return PurePath(model).name.removesuffix(".gguf")[: limits.NAME_CHARS] or "model"
+    return shown_name(PurePath(model).name.removesuffix(".gguf")) or "model"
+
+
+def shown_name(text: str) -> str:
+    """A file may be called anything; what is no text, or moves a cursor, becomes an underscore."""
+    return "".join(char if char.isprintable() else "_" for char in text)[: limits.NAME_CHARS]

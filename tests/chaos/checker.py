@@ -21,7 +21,7 @@ POISON_DEATHS = 2
 SORTS = (LOST, DUPLICATED, WRONG, STALE, HUNG, ERROR, END)
 
 #: What a request for a model that is loaded on demand may get in place of an answer.
-REFUSALS = ("engine_failed", "busy", "expired")
+REFUSALS = ("engine_failed", "busy", "queue_timeout")
 
 #: A silence within so long after a broker's end is taken to come of it.
 AFTER_RESTART_MS = 5_000

@@ -246,7 +246,7 @@ class Injector:
 
     async def _all_back(self, number: int, broker: Node) -> None:
         """How long it takes until every worker without a fault of its own is ready at the new broker."""
-        began, missing, ms = now_ms(), self._world.healthy(), None
+        began, missing, ms, pid = now_ms(), self._world.healthy(), None, broker.pid
         with contextlib.suppress(LlamboError, TimeoutError):
             async with asyncio.timeout(BACK_S), Client(self._world.address(number), name="watcher") as client:
                 while True:
@@ -256,7 +256,8 @@ class Injector:
                         ms = now_ms() - began
                         break
                     await asyncio.sleep(ASK_S)
-        self._world.journal.write("back", broker=broker.name, ms=ms, missing=missing)
+        if ms is not None or broker.pid == pid:  # otherwise it was ended once more
+            self._world.journal.write("back", broker=broker.name, ms=ms, missing=missing)
 
     async def _client(self, fault: Fault) -> None:
         client = self._world.clients[fault.victim]

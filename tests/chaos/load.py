@@ -20,6 +20,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
+
 from llambo import Client, LlamboError
 from llambo.mesh.client.answer_stream import Stream
 from llambo.mesh.service.host import end_with_parent
@@ -212,7 +214,7 @@ class Load:
             return
         try:
             async with asyncio.timeout(2):
-                self._journal.write("why", id=id, story=(await client.why(id)).story)
+                self._journal.write("why", id=id, story=msgspec.to_builtins((await client.why(id)).story))
         except (LlamboError, TimeoutError) as error:
             self._journal.write("why", id=id, story=[{"at_ms": 0, "what": "no broker knows", "detail": str(error)}])
 

@@ -225,6 +225,8 @@ def _draw(random: Random, plan: Plan, kind: str, at_ms: int) -> Fault:
             return replace(fault, what=random.choice(("both", "control", "tokens")))
         case "drain" | "move":
             return replace(fault, length_ms=4_000)
+        case "term":
+            return replace(fault, length_ms=plan.drain_ms)
         case "rolling":
             return replace(fault, length_ms=4_000 * plan.workers)
         case _:

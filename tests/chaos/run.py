@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from llambo import Client, LlamboError
 from tests.chaos import checker, hosts, http_check, leaks, promises, report
 from tests.chaos.checker import Wrong
@@ -45,7 +47,7 @@ async def _ask_why(plan: Plan, folder: Path, world: World) -> None:
             story: Any
             try:
                 async with Client(world.address(number), query_ms=2_000) as client:
-                    story = (await client.why(wrong.id)).story
+                    story = msgspec.to_builtins((await client.why(wrong.id)).story)
             except LlamboError as error:
                 story = [{"at_ms": 0, "what": "nothing", "detail": error.text}]
             world.journal.write("knows", id=wrong.id, broker=broker.name, story=story)

@@ -437,6 +437,17 @@ def test_lengths_and_ranges_that_are_not_true(hub: Hub, spoil: object, headers: 
     assert text in str(refusal())
 
 
+@pytest.mark.parametrize("length", ["70", "1000000000000", "-1", "many"])
+def test_a_length_that_is_not_true(hub: Hub, home: Path, length: str) -> None:
+    """What is too short is refused. All bytes with the right checksum are the file, whatever was said before."""
+    hub.headers = {"Content-Length": length}
+    if length == "70":
+        assert "tries have failed" in str(refusal())
+        assert all(".part" in name for name in everything(home)), everything(home)
+        hub.headers = {}
+    assert bring().read_bytes() == tiny_model.whole()
+
+
 def test_a_file_that_changes_while_it_is_downloaded(hub: Hub) -> None:
     hub.files["/files/x.gguf"] = big(1000)
     hub.headers = {"ETag": '"1"'}

@@ -7,11 +7,12 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import msgspec
 import pytest
 
-from bench import cancels
+from bench import cancels, tiny_model
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Reason, Sampling, Usage
 from llambo.mesh.wire.tokens import Logprob
@@ -348,6 +349,20 @@ def test_the_last_cell_can_be_used() -> None:
     (generated,) = run(small, Start(start.key, start.prompt, room, 7, sampling=start.sampling))
     assert (generated.end, len(generated.ids)) == ("length", room)
     check_empty(small)
+
+
+def test_a_context_smaller_than_a_step(tmp_path: Path) -> None:
+    """llama.cpp gives a sequence more cells than were asked for, and aborts on a step of more tokens than that."""
+    (tmp_path / "tiny.gguf").write_bytes(tiny_model.whole())
+    options = LlamaOptions(slots=1, context=64, threads=1, batch=512)
+    tiny = load_generating(Configure("llama", str(tmp_path / "tiny.gguf"), llama=options), lambda progress: None)
+    outputs: list[Output] = []  # (its tokens are bytes at random, and not text)
+    start = ask(prompt="qzx " * 40, tokens=3, sampling=Sampling(temperature=0.0, ignore_eos=True))
+    assert tiny.start(start, 0) is None
+    for _ in range(20):
+        outputs += tiny.step(0)
+    assert (outputs[-1].end, sum(len(output.ids) for output in outputs)) == ("length", 3)
+    check_empty(tiny)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from bench import tiny_model
+from llambo.mesh.wire import limits
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import printable
 from llambo.worker.config import RAM, Adapter, LlamaOptions, WorkerConfig
 from llambo.worker.host import catalogue
 from llambo.worker.host.catalogue import BadName, Capacity, Catalogue, Servable
@@ -74,6 +79,36 @@ def test_a_model_larger_than_the_budget_or_damaged_is_listed_with_the_reason(tmp
     (path / "b.gguf").write_bytes(b"GGUF")
     found = scan(path, budget=300 * MIB)
     assert "does not fit" in found["a"].stored.refusal and "damaged" in found["b"].stored.refusal
+
+
+def test_hostile_names_and_files_hide_no_good_one(tmp_path: Path) -> None:
+    folder(tmp_path, "a.gguf", "z.gguf", "\x1b[31mred\nline.gguf", "x" * 200 + ".gguf")
+    (tmp_path / "z.gguf").rename(tmp_path / os.fsdecode(b"no-\xff-utf8.gguf"))
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    for name, target in (("loop", "loop.gguf"), ("endless", "/dev/zero"), ("memory", "/proc/self/mem")):
+        (tmp_path / f"{name}.gguf").symlink_to(target)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    (tmp_path / "counts.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**63 - 1, 2**63 - 1) + bytes(1000))
+    (tmp_path / "array.gguf").write_bytes(head + struct.pack("<Q3sIIQ", 3, b"abc", 9, 8, 2**60) + bytes(64))
+    lists = Catalogue((str(tmp_path),), LLAMA, Capacity({RAM: GIB}, {}))
+    found = lists.scan()
+    assert {name for name, each in found.items() if not each.stored.refusal} == {"a", "_[31mred_line", "x" * 128}
+    assert set(found) - {"a", "_[31mred_line", "x" * 128} == {"no-_-utf8", "memory", "counts", "array"}
+    assert "UTF-8" in found["no-_-utf8"].stored.refusal
+    hosted = [m.HostedModel(name, note=each.stored.refusal) for name, each in found.items()]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(hosted), type=list[m.HostedModel]) == hosted
+    assert all(printable(each.name + each.note) == each.name + each.note for each in hosted)
+
+
+def test_what_is_left_out_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MODELS_PER_HOST", 2)
+    folder(tmp_path, "a.gguf", "b.gguf", "c.gguf")
+    lists = Catalogue((str(tmp_path),), LLAMA, Capacity({RAM: GIB}, {}))
+    assert all(set(lists.scan()) == {"a", "b"} for _ in range(3))
+    assert caplog.text.count("at most 2 models") == 1, "a disk would be full of it one day"
 
 
 def test_what_accompanies_a_model_is_none(tmp_path: Path) -> None:

@@ -218,6 +218,19 @@ def test_a_failed_load_ends_its_requests_with_the_cause_and_the_next_try() -> No
     assert [entry.kind for entry in bench.state.journal.entries].count("model failed") == 1
 
 
+def test_a_request_that_has_waited_too_long_learns_for_what() -> None:
+    bench = Bench(**NEVER_LOST, queue_ms=5_000)
+    host, client = bench.host("box", model("a", "ready"), model("b")), bench.client()
+    served(bench, "a").beat(busy=1)
+    client.submit(1, model="b")
+    host.report(model("a", "ready", holders=["x"]), model("b"))
+    bench.pass_time(7_000)
+    end = client.ends[-1]
+    assert end.id == request_id(1)
+    assert end.error is not None and end.error.code is Code.QUEUE_TIMEOUT
+    assert "last waiting for memory on box: what is loaded there is in use or held" in end.error.text
+
+
 def test_a_failed_load_is_tried_at_another_host_first() -> None:
     bench = Bench(**NEVER_LOST)
     client = bench.client()
@@ -482,14 +495,54 @@ def test_a_model_that_workers_without_a_host_serve_needs_no_holder() -> None:
     assert "always loaded" in reply.note
 
 
-def test_a_host_that_takes_no_more_holders_is_not_asked_again() -> None:
+def test_more_holders_than_a_host_takes_are_refused() -> None:
     bench = Bench(**NEVER_LOST)
     holders = [f"h{number}" for number in range(limits.HOLDERS_PER_MODEL)]
     host, client = bench.host("box", model("a", "ready", holders=holders)), bench.client()
-    held(client, "a", holder="x")
-    host.beat()
-    assert len(host.received(m.Hold)) == 1
-    assert not bench.state.hosts.holds
+    client.send(m.HoldModel(7, "a", holder="x"))
+    assert (client.problems[-1].error.code, client.problems[-1].query) == (Code.BUSY, 7)
+    assert "64 holders" in client.problems[-1].error.text
+    assert held(client, "a", holder="h3").state == "ready", "who holds it already may renew it"
+    assert [hold.holder for hold in host.received(m.Hold)] == ["h3"]
+    # Another broker was faster: the host refuses it, and is not asked again
+    held(client, "a", holder="h3", undo=True)
+    host.report(model("a", "ready", holders=holders[1:]))
+    held(client, "a", holder="y")
+    host.report(model("a", "ready", holders=holders))
+    assert [hold.holder for hold in bench.state.hosts.holds if not hold.undo] == []
+
+
+def test_one_key_leaves_holders_and_orders_to_others() -> None:
+    bench = Bench(**NEVER_LOST)
+    bench.keys(Identity("box", "worker"), Identity("ann", "client"), Identity("bob", "client"), Identity("op", "admin"))
+    mine = [f"ann/{number}" for number in range(limits.HOLDERS_PER_MODEL // 2)]
+    host = bench.host("box", model("a", "ready", holders=mine), *map(model, "bcde"), user="box")
+    ann, bob, op = (bench.client(name.encode(), user=name) for name in ("ann", "bob", "op"))
+    # A key has at most half of the holders of a model at a host
+    ann.send(m.HoldModel(7, "a", holder="more"))
+    assert ann.problems[-1].error.code is Code.BUSY
+    for client in (bob, op):
+        held(client, "a", holder="x")
+    assert [hold.holder for hold in host.received(m.Hold)] == ["bob/x", "op/x"]
+    # And a part of the orders that wait
+    for name in "bcde":
+        for number in range(40):
+            ann.send(m.HoldModel(8, name, holder=f"n{number}"))
+        assert sum(hold.model == name for hold in bench.state.hosts.holds) <= limits.HOLDERS_PER_MODEL // 2
+    assert len(bench.state.hosts.holds) == 2 + 100 and ann.problems[-1].error.code is Code.BUSY
+    bob.send(m.HoldModel(9, "b"))
+    assert not bob.problems
+
+
+def test_a_holder_whose_name_is_too_long_is_refused() -> None:
+    bench = Bench(**NEVER_LOST)
+    long = "n" * 100
+    bench.keys(Identity("box", "worker"), Identity(long, "client"))
+    host, client = bench.host("box", model("a"), user="box"), bench.client(user=long)
+    client.send(m.HoldModel(7, "a", holder="x" * 48))
+    assert client.problems[-1].error.code is Code.BAD_REQUEST
+    held(client, "a", holder="x" * 20)
+    assert [len(hold.holder) for hold in host.received(m.Hold)] == [121]
 
 
 def test_a_hold_without_hope_is_refused_with_the_cause() -> None:
@@ -499,6 +552,8 @@ def test_a_hold_without_hope_is_refused_with_the_cause() -> None:
     assert reply.state == "failed"
     assert "corrupt file" in reply.note
     assert not bench.state.hosts.holds
+    # The answer says so: it would fill the log of a broker to write it there as well, each time that one asks
+    assert not [entry for entry in bench.state.journal.entries if entry.kind == "model not held"]
 
 
 # --- reports -------------------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.identity import Identity
 
-#: Orders that wait for a host; more are refused as busy.
-PENDING = 1_000
+#: Orders that wait for a host, of all clients and of one key that is no admin's; more are refused as busy.
+PENDING, PENDING_OF_ONE = 1_000, 100
+#: So many of the holders that a host takes of a model may be of one key that is no admin's.
+HOLDERS_OF_ONE = limits.HOLDERS_PER_MODEL // 2
 #: The holder of a client without a key that names none.
 NO_NAME = "anyone"
 #: Between the name of a key and what its client calls the holder. No name of a key has it.
@@ -34,6 +36,10 @@ def asked(state: State, client: ClientEntry, order: m.HoldModel, blob: bytes, no
         return
     there = _hosts(state, order)
     holder = _holder(client.identity, order, there)
+    error = None if order.undo else _too_many(state, client.identity, order, holder, there)
+    if error is not None:
+        state.to_client(client, m.Problem(error, b"", order.query))
+        return
     if order.undo:
         _give_back(state, client.identity, order, holder, there, now_ms)
         answer = reports.HoldReply(model=order.model, host=order.host, state=_state(there), holder=holder)
@@ -55,6 +61,30 @@ def _refusal(state: State, order: m.HoldModel) -> ErrorInfo | None:
     if len(hosts.holds) >= PENDING:
         return ErrorInfo(Code.BUSY, f"{PENDING} orders for models wait for their hosts", 1_000)
     return None
+
+
+def _too_many(
+    state: State, who: Identity, order: m.HoldModel, holder: str, there: list[tuple[HostEntry, m.HostedModel]]
+) -> ErrorInfo | None:
+    """No key may take all that there is for holders, so that others have none."""
+    if len(holder) > limits.NAME_CHARS:
+        text = f"with the name of its key the holder has {len(holder)} characters; {limits.NAME_CHARS} are allowed"
+        return ErrorInfo(Code.BAD_REQUEST, text)
+    limited = bool(who.name) and not who.may_manage
+    own = [hold for hold in state.hosts.holds if limited and hold.who.name == who.name]
+    if len(own) >= PENDING_OF_ONE and not any((hold.model, hold.holder) == (order.model, holder) for hold in own):
+        return ErrorInfo(Code.BUSY, f"{len(own)} orders of {who.name} wait for their hosts", 1_000)
+    asked = {hold.holder for hold in state.hosts.holds if hold.model == order.model and not hold.undo}
+    for host, model in there:
+        holders = asked.union(model.holders)
+        mine = sum(name == who.name or name.startswith(who.name + SEPARATOR) for name in holders)
+        room = len(holders) < limits.HOLDERS_PER_MODEL and not (limited and mine >= HOLDERS_OF_ONE)
+        if room or holder in holders:
+            return None
+        text = f"{model.name} on {host.name} has {len(holders)} holders" + (
+            f", {mine} of them yours" if limited else ""
+        )
+    return ErrorInfo(Code.BUSY, f"{text}; it takes no more", 1_000, "give one back") if there else None
 
 
 def _hosts(state: State, order: m.HoldModel) -> list[tuple[HostEntry, m.HostedModel]]:

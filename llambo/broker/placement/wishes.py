@@ -204,7 +204,8 @@ def _settle_hold(state: State, hold: PendingHold, place: str, hopeless: bool, no
         send_hold(state, hold)
     elif hopeless:
         state.hosts.holds.remove(hold)
-        state.journal.add(now_ms, "model not held", error_of(state, hold.model, now_ms).text, warning=True)
+        if hold.since < now_ms:  # otherwise the answer says so
+            state.journal.add(now_ms, "model not held", error_of(state, hold.model, now_ms).text, warning=True)
 
 
 def _is_done(state: State, host: HostEntry, hold: PendingHold) -> bool:

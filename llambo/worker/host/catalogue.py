@@ -23,9 +23,10 @@ from typing import Literal
 
 from llambo.mesh.service import host
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.messages import Kind
 from llambo.mesh.wire.naming import PLUS
-from llambo.worker.config import RAM, Adapter, WorkerConfig, mesh_name
+from llambo.worker.config import RAM, Adapter, WorkerConfig, mesh_name, shown_name
 from llambo.worker.host.host_events import StoredModel
 from llambo.worker.llama import dry_run
 from llambo.worker.models import adapters, gguf, model_files, placement
@@ -94,8 +95,9 @@ class Catalogue:
         self._aliases = aliases
         self._template = template
         self._room = room
-        #: What was not found in the last scan: it is logged once.
+        #: What was not found in the last scan, and what was left out of it: it is logged once.
         self._missing: set[str] = set()
+        self._left_out: set[str] = set()
         self._matches = adapters.Matches(aliases)
         #: Of files that this scan has read.
         self._headers: dict[_Key, gguf.ModelFile] = {}
@@ -122,6 +124,7 @@ class Catalogue:
         """The files of models, and those of adapters, by their names."""
         models: dict[str, tuple[Path, _Key]] = {}
         adapter_files: dict[str, str] = {}
+        left_out: list[str] = []
         for name, path in self._files():
             try:
                 info = path.stat()
@@ -129,18 +132,22 @@ class Catalogue:
                 continue
             key = (str(path), info.st_size, info.st_mtime_ns)
             what = self._what_it_is(path, key)
-            if what == "adapter":
+            if what == "adapter" and _is_text(str(path)):
                 adapter_files.setdefault(name, str(path))
             if what != "model":
                 continue
-            unique = name if name not in models else f"{path.parent.name}/{name}"[: limits.NAME_CHARS]
+            unique = name if name not in models else shown_name(f"{path.parent.name}/{name}")
             if unique in models:
-                log.warning("%s is not served: there are other models called %s and %s", path, name, unique)
+                left_out.append(f"{path} is not served: there are other models called {name} and {unique}")
             elif len(models) >= limits.MODELS_PER_HOST:
-                log.warning("%s is not served: a host has at most %d models", path, limits.MODELS_PER_HOST)
+                left_out.append(f"{path} is not served: a host has at most {limits.MODELS_PER_HOST} models")
                 break
             else:
                 models[unique] = path, key
+        for text in left_out:
+            if text not in self._left_out:
+                log.warning("%s", printable(text))
+        self._left_out = set(left_out)
         return models, adapter_files
 
     def _what_it_is(self, path: Path, key: _Key) -> Literal["model", "adapter", "part"]:
@@ -181,6 +188,8 @@ class Catalogue:
 
     def _look_at(self, path: Path, key: _Key, its: tuple[Adapter, ...]) -> Servable:
         config = replace(self._template, model=str(path), llama=replace(self._template.llama, adapters=its))
+        if not _is_text(str(path)):  # it could not be sent to an engine
+            return Servable(StoredModel("", refusal="the name of its file is not UTF-8; rename it"), config)
         try:
             file = self._headers.get(key) or gguf.read(str(path))
             return self._measure(config, file) if self._room.gpus else self._estimate(config, file)
@@ -259,7 +268,15 @@ def _in_folder(folder: str) -> Iterator[Path]:
     return (path for path in model_files.below(Path(folder).expanduser()) if refs.is_model(path.name))
 
 
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _called(servable: Servable, name: str) -> Servable:
     stored, config = servable.stored, replace(servable.config, served_as=name)
     its = tuple(adapter.name for adapter in config.adapters)
-    return Servable(StoredModel(name, stored.kind, stored.needs, stored.refusal[:256], its), config)
+    return Servable(StoredModel(name, stored.kind, stored.needs, printable(stored.refusal)[:256], its), config)

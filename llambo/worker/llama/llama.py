@@ -290,9 +290,11 @@ class Decoder(LlamaContext):
 
     def __init__(self, model: Model, layout: Layout) -> None:
         slots, context = layout.slots, layout.context
+        #: The most tokens in a step. llama.cpp aborts on a step of more than the context that was asked for.
+        self.rows = min(layout.batch, slots * context)
         # A cache for each sequence was measured to be faster than one for all.
         super().__init__(
-            model, layout, f"{slots} x {context} tokens", layout.batch,
+            model, layout, f"{slots} x {context} tokens", self.rows,
             n_ctx=slots * context, n_seq_max=slots, n_outputs_max=slots, kv_unified=False,
         )  # fmt: skip
         self._vocab = model.tokens

@@ -159,7 +159,7 @@ class LlamaEngine:
         self._adapters = {"": 0} | {each.name: self._model.load_adapter(each.path) for each in setup.adapters}
         self._adapter_in_use = ""
         self._decoder = llama.Decoder(self._model, layout)
-        self.batcher = Batcher(layout.slots, self._decoder.context, layout.batch)
+        self.batcher = Batcher(layout.slots, self._decoder.context, self._decoder.rows)
         self._shared = llama.shared_candidates(self._model)
         self._guides = Guides(self._model)
         self._streams: dict[bytes, Stream] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.naming import PLUS, is_adapter_name, with_adapter
 from llambo.worker.config import Adapter, mesh_name
 from llambo.worker.models import gguf
@@ -185,7 +186,7 @@ class Matches:
     def _warn(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
-            log.warning("%s", text)
+            log.warning("%s", printable(text))
 
     def _match(self, path: str, base: str) -> _Match:
         try:
