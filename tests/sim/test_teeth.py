@@ -52,6 +52,8 @@ NOTICED_BY = {
     "only what was sealed is adopted": 1,
     "a seal is for one worker": 201,
     "no partial result": 46,
+    "an adapter is part of the fingerprint": 69,
+    "without a name no adapter is meant": 19,
     "budget of a host": 2,
     "one engine for a model": 0,
     "what is in use stays loaded": 23,
