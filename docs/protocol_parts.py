@@ -30,6 +30,10 @@ PARTS: dict[str, type[msgspec.Struct]] = {
     "usage": m.Usage,
     "model_info": m.ModelInfo,
     "hosted_model": m.HostedModel,
+    "hosted_file": m.HostedFile,
+    "file_order": m.FileOrder,
+    "file_source": m.FileSource,
+    "file_grant": m.FileGrant,
     "memory": m.Memory,
     "sampling": m.Sampling,
 }

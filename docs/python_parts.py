@@ -275,7 +275,7 @@ ANSWERS = ("Piece", "Answer", "Usage", "CalledTool", "Logprob", "TopToken", "Tok
 ROWS = (
     "MeshStatus", "ModelRow", "ModelHost", "ModelVariant", "HostRow", "MemoryRow", "WorkerRow", "RequestRow",
     "RequestStory", "StoryStep", "EventRow", "Recent", "SampleRow", "EndedRow", "AccountRow", "DrainReply", "HoldReply",
-    "Lease", "LeaseReply", "Counters",
+    "PullReply", "PullHost", "Lease", "LeaseReply", "Counters",
 )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         ModelHost,
         ModelRow,
         ModelVariant,
+        PullHost,
+        PullReply,
         Recent,
         RequestRow,
         RequestStory,
@@ -55,7 +57,7 @@ _NAMES = {
     "llambo.mesh.wire.messages": "Lease Usage",
     "llambo.mesh.wire.reports":
         "AccountRow DrainReply EndedRow EventRow HoldReply HostRow LeaseReply MemoryRow MeshStatus ModelHost ModelRow "
-        "ModelVariant Recent RequestRow RequestStory SampleRow StoryStep WorkerRow",
+        "ModelVariant PullHost PullReply Recent RequestRow RequestStory SampleRow StoryStep WorkerRow",
     "llambo.mesh.wire.tokens": "Logprob TopToken",
     "llambo.mesh.wire.tool_calls": "CalledTool",
 }  # fmt: skip
@@ -64,9 +66,9 @@ _HOME = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "AccountRow", "Answer", "CalledTool", "Client", "ClientSettings", "Code", "Counters", "DrainReply", "Embeddings",
     "EndedRow", "EventRow", "HoldReply", "HostRow", "Lease", "LeaseReply", "LlamboError", "Logprob", "MemoryRow",
-    "MeshStatus", "Messages", "ModelHost", "ModelRow", "ModelVariant", "Options", "Piece", "RankedDocument", "Ranking",
-    "Recent", "RequestRow", "RequestStory", "SampleRow", "StoryStep", "Stream", "SyncClient", "SyncStream", "TaskCall",
-    "Tokenized", "TopToken", "Usage", "WorkerRow", "__version__",
+    "MeshStatus", "Messages", "ModelHost", "ModelRow", "ModelVariant", "Options", "Piece", "PullHost", "PullReply",
+    "RankedDocument", "Ranking", "Recent", "RequestRow", "RequestStory", "SampleRow", "StoryStep", "Stream",
+    "SyncClient", "SyncStream", "TaskCall", "Tokenized", "TopToken", "Usage", "WorkerRow", "__version__",
 ]  # fmt: skip
 
 

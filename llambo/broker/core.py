@@ -34,7 +34,7 @@ from llambo.broker.events import (
     ToWorker,
     WorkerSaid,
 )
-from llambo.broker.placement import holding, host_sessions, wishes
+from llambo.broker.placement import files, holding, host_sessions, wishes
 from llambo.broker.records.hosts import HostEntry
 from llambo.broker.records.registry import ClientEntry, P, Sessions, WorkerEntry
 from llambo.broker.records.request import Request
@@ -59,6 +59,7 @@ CLIENT_RULES: dict[type[m.Message], Rule] = {
     m.Query: queries.answer,
     m.DrainWorker: draining.asked,
     m.HoldModel: holding.asked,
+    m.PullModel: files.asked,
     m.Lease: fleet_leases.asked,
     m.Goodbye: membership.client_left,
 }

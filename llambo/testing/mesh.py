@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -162,16 +162,25 @@ class Mesh:
         self.workers.append(process)
         return process
 
-    def spawn_host(self, name: str, models: str, *words: str, addresses: tuple[str, ...] = ()) -> Process:
+    def spawn_host(
+        self,
+        name: str,
+        models: str,
+        *words: str,
+        addresses: tuple[str, ...] = (),
+        env: Mapping[str, str] | None = None,
+        module: str = "llambo.cli.services.worker",
+    ) -> Process:
         """Start `llambo-worker --models MODELS WORDS...` with the fake engine, unless the words say otherwise.
 
-        `addresses`: of its brokers; none: this one. `line("is ready")` returns when it is, with nothing loaded.
+        `addresses`: of its brokers; none: this one. `module`: another one with the same command line.
+        `line("is ready")` returns when it is, with nothing loaded.
         """
         key = ("--key", str(self._key_file(name))) if self._keys else ()
         process = Process(
-            "-m", "llambo.cli.services.worker", "--name", name,
-            "--broker", ",".join(addresses or (self.address,)), *key,
-            "--engine", "fake", "--models", models, "-v", *words, name=name, env={**os.environ, MARK: self.mark},
+            "-m", module, "--name", name, "--broker", ",".join(addresses or (self.address,)), *key,
+            "--engine", "fake", "--models", models, "-v", *words, name=name,
+            env={**os.environ, MARK: self.mark, **(env or {})},
         )  # fmt: skip
         self.workers.append(process)
         return process

@@ -182,6 +182,8 @@ class HostConfig:
     model_ttl_ms: int = 0
     #: A model stays so long at least, once it is ready; or a few times as long as its load took, if that is less.
     min_loaded_ms: int = 30_000
+    #: Where other hosts can fetch files of its models, as they reach it; empty: it gives none away.
+    share: str = ""
     #: The part of the budget that models for embeddings and reranking can have for themselves.
     helper_percent: int = 20
 

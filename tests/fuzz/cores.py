@@ -54,6 +54,9 @@ KEYS = {
 #: Mostly none: what has a lease is to live.
 PAUSES_MS = (0,) * 30 + (1,) * 10 + (10,) * 4 + (100, 400, 3_000)
 
+#: What a broker sends to no worker.
+FOR_HOSTS = (m.PlaceModels, m.Hold, m.FetchFiles)
+
 
 class UnderFire(ABC):
     """A core that is shot at."""
@@ -134,7 +137,8 @@ class Broker(UnderFire):
         for order in self.core.handle(event, self.now_ms):
             if isinstance(order, be.ToClient | be.ToWorker):
                 self._hear(order.route, order.message)
-                reader = codec.to_client if isinstance(order, be.ToClient) else codec.to_worker
+                to_peer = codec.to_host if isinstance(order.message, FOR_HOSTS) else codec.to_worker
+                reader = codec.to_client if isinstance(order, be.ToClient) else to_peer
                 plausible.check_sayable(reader, order.session, order.message, getattr(order, "blob", None))
 
     def _hear(self, route: bytes, message: m.Message) -> None:

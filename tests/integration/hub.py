@@ -54,6 +54,8 @@ class Hub:
     cut: Callable[[], int | None] = lambda: None
     #: Called when a body is cut, before the connection is closed.
     on_cut: Callable[[], object] = lambda: None
+    #: Called after each block of a body.
+    after_block: Callable[[], object] = lambda: None
     #: Changes the bytes of files.
     spoil: Callable[[bytes], bytes] = lambda content: content
     #: Headers in place of those of a body.
@@ -204,6 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(wanted[:BLOCK])
                 hub.sent += len(wanted[:BLOCK])
                 wanted = wanted[BLOCK:]
+                hub.after_block()
             self.wfile.flush()
         except OSError:
             self.close_connection = True

@@ -18,7 +18,7 @@ import pytest
 from bench import tiny_model
 from llambo.testing.commands import ROOT
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.store import caches, part_file, pull, refs, web
+from llambo.worker.store import caches, chunk_sums, part_file, pull, refs, web
 from llambo.worker.store.refs import StoreError
 from tests.integration.hub import Hub, serving, sha256
 from tests.integration.puller import Puller
@@ -219,7 +219,7 @@ def test_a_process_that_is_killed_again_and_again(hub: Hub, home: Path) -> None:
         puller.close()
     starts = hub.starts()
     assert len(starts) == kills + 1 and starts == sorted(starts) and starts[-1] > 8 * MIB
-    assert all(start % part_file.CHUNK_BYTES == 0 for start in starts)
+    assert all(start % chunk_sums.CHUNK_BYTES == 0 for start in starts)
     assert len(everything(home)) == 3
 
 

@@ -143,6 +143,9 @@ GUARDS: dict[str, Guard] = {
         "pass",
     ),
     "budget of a host": Guard(_LOADING, "if not wait and fits(needs, free):", "if not wait:", hosts=True),
+    "what was measured counts, and no less": Guard(
+        _LOADING, "model.measured = {RAM: memory_bytes}", "model.measured = {RAM: memory_bytes // 2}", hosts=True
+    ),
     "one engine for a model": Guard(
         _LOADING, "if name in self.models and not self.models[name].loaded]", "if name in self.models]", hosts=True
     ),

@@ -3,7 +3,8 @@
 A host runs a real `HostCore`; each worker that it starts is a `WorkerNode` with a real core and a fake engine. What is
 checked is seen from outside, at the orders of the host core and at what clients receive:
 
-    budget         the models whose engines exist never need more memory than the host has
+    budget         the models whose engines exist never need more memory than the host has: what was measured when they
+                   were loaded there before, and what is expected of the others, which is no less
     single flight  no second engine of a model is started at a host
     busy, held     no model is unloaded that runs a request as far as the host knows, or that is pinned or held
     answered       every request ends: with its tokens, or with the reason why its model cannot be loaded
@@ -89,6 +90,8 @@ class HostNode(Peer):
         #: By model: the worker of each engine process that exists; None: one that cannot load its model.
         self.engines: dict[str, WorkerNode | None] = {}
         self.loads = self.unloads = 0
+        #: What models really need, of those that were loaded here. The host is sent it when they are ready.
+        self.measured: dict[str, int] = {}
         self._start = start
         self._reported: dict[str, h.WorkerChanged] = {}
 
@@ -114,7 +117,7 @@ class HostNode(Peer):
             case h.StartWorker(model, name):
                 assert model not in self.engines, f"a second engine of {model} is started on {self.config.name}"
                 self.engines[model] = None
-                needed = sum(self.stored[each].needs["ram"] for each in self.engines)
+                needed = sum(self.measured.get(each, self.stored[each].needs["ram"]) for each in self.engines)
                 assert needed <= MEMORY, f"{needed} of {MEMORY} are needed on {self.config.name}: {list(self.engines)}"
                 self.loads += 1
                 self.engines[model] = self._start(self, model, name)
@@ -141,10 +144,19 @@ class HostNode(Peer):
         core, engine = worker.core, worker.core.engine
         if not worker.alive or self.engines.get(model) is not worker:
             return
-        change = h.WorkerChanged(model, engine.is_ready, core.runs.active, engine.percent, core.drain.refusals)
+        change = h.WorkerChanged(
+            model, engine.is_ready, core.runs.active, engine.percent, core.drain.refusals, self._measure(model)
+        )
+        if engine.is_ready:
+            self.measured[model] = change.memory_bytes
         if change != self._reported.get(model):
             self._reported[model] = change
             self.happen(change)
+
+    def _measure(self, model: str) -> int:
+        """The same for all hosts, as the size of a file."""
+        expected = self.stored[model].needs["ram"]
+        return expected * Random(f"{model} {expected}").randint(50, 100) // 100
 
     def ended(self, model: str, worker: WorkerNode | None, problem: str = "", *, out_of_memory: bool = False) -> None:
         """Its engine process is gone."""

@@ -55,11 +55,12 @@ NOTICED_BY = {
     "an adapter is part of the fingerprint": 69,
     "without a name no adapter is meant": 19,
     "budget of a host": 2,
+    "what was measured counts, and no less": 7,
     "one engine for a model": 0,
-    "what is in use stays loaded": 23,
+    "what is in use stays loaded": 7,
     "what is held stays loaded": 3,
-    "a model is loaded in one place": 28,
-    "a wish is sent again": 26,
+    "a model is loaded in one place": 14,
+    "a wish is sent again": 15,
     "a load that fails ends its requests": 2,
 }
 

@@ -39,6 +39,10 @@ HOSTED = m.HostedModel(
     "tiny", "embed", "failed", 41, {"ram": 2**30}, "box-1-tiny", True, ["alice/x"], 4_000, 3, "out of memory", 5_000,
     ["pirate"],
 )  # fmt: skip
+TICKET = bytes(range(16))
+HOSTED_FILE = m.HostedFile("hf:org/tiny", "fetching", 2**20, 2**30, 2**19, "checking", 7, ["box-9"])
+SOURCE = m.FileSource("box-2", "tcp://10.0.0.2:7340", TICKET, "k" * 40)
+FILE_ORDER = m.FileOrder("hf:org/tiny", True, True, [SOURCE], 7)
 #: {"temperature": 0.5, "stop": ["\n"]}
 SAMPLING = msgspec.Raw(msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"]}))
 DISPATCHED = m.Dispatch(
@@ -63,6 +67,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.Query(5, "why", "0001"),
         m.DrainWorker(6, "w-1", True, True),
         m.HoldModel(8, "tiny", "box-1", "editor", 60_000, True, True),
+        m.PullModel(9, "hf:org/tiny", "gpu", True),
         m.Lease(7, "fleet", bytes(range(8)), 3_000, True, ["llama@tiny"], ["spawned 2 tiny"]),
         m.Goodbye("done"),
     ],
@@ -91,12 +96,13 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.Drain(True, True),
     ],
     "host": [
-        m.HostHello("box-1", b"incarnat", (1, 2), "0.1.0", "gpu", "host-1", 77),
-        m.HostHeartbeat(17, 3, [HOSTED], {"ram": m.Memory(2**34, 2**30, 2**31)}),
+        m.HostHello("box-1", b"incarnat", (1, 2), "0.1.0", "gpu", "host-1", 77, "tcp://10.0.0.1:7340", True),
+        m.HostHeartbeat(17, 3, [HOSTED], {"ram": m.Memory(2**34, 2**30, 2**31)}, [HOSTED_FILE]),
     ],
     "to_host": [
         m.PlaceModels(18, ["tiny"], ["large"]),
         m.Hold(19, "tiny", "alice/editor", 60_000, True, True),
+        m.FetchFiles(20, [FILE_ORDER], [m.FileGrant(TICKET, "hf:org/tiny", "k" * 40)]),
     ],
 }
 

@@ -59,6 +59,28 @@ def test_files_that_were_read_do_not_count_as_used(root: Path) -> None:
     assert host.free_memory_bytes(root) == 750
 
 
+SMAPS = """\
+5600-5700 rw-p 00000000 00:00 0                          [heap]
+Size:                100 kB
+Rss:                  60 kB
+7f00-7f10 r--s 00000000 08:01 77                         /models/a model.gguf
+Size:               5000 kB
+Rss:                3000 kB
+7f10-7f20 r-xp 00000000 08:01 78                         /lib/libc.so
+Size:                 90 kB
+Rss:                  10 kB
+7f20-7f30 rw-p 00000000 00:00 0
+Size:               1000 kB
+Rss:                 700 kB
+"""
+
+
+def test_memory_of_a_process_with_a_file_that_may_be_read_in_full(root: Path) -> None:
+    (root / "proc/self/smaps").write_text(SMAPS)
+    assert host.own_memory(root=root) == (760 * 1024, 3010 * 1024)
+    assert host.own_memory({"/models/a model.gguf"}, root) == (760 * 1024, 5010 * 1024)
+
+
 PREPARED = """
 import json, resource
 from llambo.cli.services.service import disable_core_dumps, raise_descriptor_limit

@@ -180,6 +180,30 @@ def test_each_kind_of_memory_has_a_budget() -> None:
     assert rig.core.loading.memory() == {RAM: m.Memory(100, 90), "CUDA0": m.Memory(50, 30)}
 
 
+def test_what_a_model_needs_is_corrected_by_what_its_engine_takes() -> None:
+    rig = Rig(ABC).place("a", "b").ready("b")
+    rig.on(WorkerChanged("a", ready=True, memory_bytes=20))
+    assert rig.model("a").needs == {RAM: 20} and rig.used == 60
+    assert rig.place("c").started == ["a", "b", "c"], "now there is room for the third"
+    # It stays known while the model is not loaded.
+    rig.ready("c").wait(YOUNG_MS).hold("a", "", undo=True).on(WorkerEnded("a"))
+    assert rig.states()["a"] == "stored" and rig.model("a").needs == {RAM: 20}
+    assert rig.clear().place("a").started == ["a"] and rig.used == 100
+    # Another file of that name has another size.
+    rig.find(ABC | {"a": 50})
+    assert rig.model("a").needs == {RAM: 50}
+
+
+def test_a_model_that_needs_more_than_was_expected_counts_within_the_budget() -> None:
+    rig = Rig({"a": 40, "b": 50}).place("a", "b").ready("b")
+    rig.on(WorkerChanged("a", ready=True, memory_bytes=60))
+    assert rig.used == 100 and rig.model("a").needs == {RAM: 60}
+    assert [log.text for log in rig.take(e.Log) if log.warning] == ["a needs 0 MiB of ram, more than was expected"]
+    # More than the budget is no reason not to load again what could be loaded.
+    rig.on(WorkerEnded("b")).on(WorkerChanged("a", ready=False)).on(WorkerChanged("a", ready=True, memory_bytes=101))
+    assert rig.model("a").needs == {RAM: 60}
+
+
 def test_memory_is_free_when_the_engine_is_gone_and_not_before() -> None:
     rig = Rig(ABC).load("a", "b")
     rig.place("c", evict=("a",))

@@ -55,6 +55,7 @@ LARGER = {
     "mesh/wire/messages.py:InferenceRequest": "one message on the wire, whose fields are promised by name",
     "mesh/wire/messages.py:Dispatch": "one message on the wire, whose fields are promised by name",
     "mesh/wire/messages.py:WorkerHeartbeat": "one message on the wire, whose fields are promised by name",
+    "mesh/wire/reports.py": "the answers to all queries are in one file",
     "mesh/wire/reports.py:MeshStatus": "one map on the wire, whose fields are promised by name",
     "mesh/wire/reports.py:WorkerRow": "one map on the wire, whose fields are promised by name",
     "mesh/wire/messages.py:Sampling": "one map on the wire, whose fields are promised by name",

@@ -361,3 +361,5 @@ def test_a_model_that_is_not_here_is_an_error_with_the_command_that_helps(
         assert done.exit_code == Exit.ERROR and "llambo pull hf:o/r:Q4_K_M" in done.stderr, done.stderr
     done = llambo("pull", "x.gguf")
     assert done.exit_code == Exit.USAGE and "hf:ORG/REPO" in done.stderr
+    done = llambo("pull", "hf:o")
+    assert done.exit_code == Exit.USAGE, done.stderr

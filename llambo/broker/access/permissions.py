@@ -35,6 +35,10 @@ def refusal(state: State, client: ClientEntry, message: m.Message) -> ErrorInfo 
             return ErrorInfo(Code.FORBIDDEN, f"{client.identity.name} may not use the model {model!r}")
         case m.HoldModel(pin=True) if not client.identity.may_manage:
             return ErrorInfo(Code.FORBIDDEN, "only an admin key may pin models")
+        case m.PullModel() if not client.identity.may_manage:
+            return ErrorInfo(Code.FORBIDDEN, "only an admin key may let hosts download models")
+        case m.PullModel(ref=ref) if not client.identity.may_use(ref):
+            return ErrorInfo(Code.FORBIDDEN, f"{client.identity.name} may not use the model {ref!r}")
         case m.Lease() if not client.identity.may_manage:
             return ErrorInfo(Code.FORBIDDEN, "only an admin key may have a lease")
         case m.Query(what="events") if not client.identity.may_manage:

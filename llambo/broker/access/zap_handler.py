@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import zmq
-from zmq.utils import z85
 
 from llambo.mesh.link import sockets
+from llambo.mesh.security import zap
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.identity import CLIENT_DOMAIN, WORKER_DOMAIN, Identity
@@ -29,25 +29,16 @@ LOOK_MS = 250
 LOG_AGAIN_S = 60.0
 #: Questions answered before others get a turn.
 DRAIN = 256
-_CURVE_BYTES = 32
-
-
-VERSION = b"1.0"
-#: version, request id, domain, address, identity, mechanism, and the credentials: for CURVE the public key.
-FRAMES = 7
-_YES, _NO = b"200", b"400"
 
 
 def reply_to(question: Sequence[bytes], public: str, identities: Mapping[str, Identity]) -> tuple[list[bytes], str]:
     """The frames of the reply, and why not, for the log. `public`: the key of the credentials, as text."""
-    number = question[1] if len(question) > 1 else b""
     why = _objection(question, identities.get(public))
-    status, user = (_NO, b"") if why else (_YES, public.encode())
-    return [VERSION, number, status, why.encode(), user, b""], why
+    return zap.reply(question, public, why), why
 
 
 def _objection(question: Sequence[bytes], who: Identity | None) -> str:
-    if len(question) != FRAMES or question[0] != VERSION or question[5] != b"CURVE":
+    if not zap.is_curve(question):
         return "not a ZAP request with a CURVE key"
     if who is None:
         return "this key is not known"
@@ -85,8 +76,7 @@ class ZapHandler:
                 question = self.socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            credentials = question[-1]
-            public = z85.encode(credentials).decode() if len(credentials) == _CURVE_BYTES else ""
+            public = zap.public_key(question)
             if public not in self.identities:
                 self._read()  # it may have been added a moment ago
             reply, why = reply_to(question, public, self.identities)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import count
 
 from llambo.broker.events import ToWorker
-from llambo.broker.placement import wishes
+from llambo.broker.placement import files, wishes
 from llambo.broker.records.backlog import Backlog
 from llambo.broker.records.hosts import HostEntry, ModelUse
 from llambo.broker.records.registry import Session
@@ -82,6 +82,9 @@ def reported(state: State, host: HostEntry, beat: m.HostHeartbeat, blob: bytes, 
         host.backlog.bytes = 0
     if beat.models or beat.memory:
         _take(state, host, beat, now_ms)
+        files.reported(state, host, beat.files, now_ms)
+    if any(host.files_sent):
+        files.tell(state, host)
     wishes.confirmed(state, host, beat.seq)
 
 
@@ -183,6 +186,7 @@ def heartbeat_round(state: State, now_ms: int) -> None:
             host.beats.seq += 1
             state.to_host(host, m.BrokerHeartbeat(host.beats.number, host.revision, seq=host.beats.seq))
             wishes.watch_usage(state, host, now_ms)
+    files.look_again(state, now_ms)
 
 
 def keys_changed(state: State, identities: Mapping[str, Identity], now_ms: int) -> None:

@@ -45,6 +45,8 @@ class HostEntry:
     __slots__ = (
         "backlog",
         "beats",
+        "files",
+        "files_sent",
         "hello",
         "link",
         "memory",
@@ -68,6 +70,9 @@ class HostEntry:
         #: By the name that the host uses.
         self.models: dict[str, m.HostedModel] = {}
         self.memory: dict[str, m.Memory] = {}
+        #: Of models by the name of their source, as reported; and the orders and grants that it was sent last.
+        self.files: dict[str, m.HostedFile] = {}
+        self.files_sent: tuple[list[m.FileOrder], list[m.FileGrant]] = ([], [])
         self.usage: dict[str, ModelUse] = {}
         #: What is wanted of it, and what it was sent last: over which route, with which sequence number.
         self.wishes = self.sent = Wishes()
@@ -105,6 +110,25 @@ class PendingHold:
 
 
 @dataclass(slots=True)
+class Pull:
+    """Hosts that are to have the files of a model."""
+
+    ref: str
+    since: int
+    #: When a client has asked for it, or about it, last.
+    asked_at: int = 0
+    #: Rises when it is asked for anew: a host that has failed tries again.
+    attempt: int = 0
+    hosts: set[str] = field(default_factory=set)
+    #: The host that downloads it from outside; and that it does so although others have it, whose bytes are wrong.
+    outside: str = ""
+    lost_at: int = 0
+    because_stuck: bool = False
+    #: By the sessions of the host that gives and of the one that gets.
+    tickets: dict[tuple[bytes, bytes], bytes] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Wait:
     """What requests for a model wait for. The story of a request has the text; `note` also has the progress."""
 
@@ -131,6 +155,10 @@ class Hosts:
     #: By the name that is asked for: of each model whose requests wait for more than a slot.
     waits: dict[str, Wait] = field(default_factory=dict)
     holds: list[PendingHold] = field(default_factory=list)
+    #: By the name of the model at its source.
+    pulls: dict[str, Pull] = field(default_factory=dict)
+    #: When they are looked at again.
+    pulls_at: int = 0
     #: Since when requests have waited for each name without a pause.
     asked_since: dict[str, int] = field(default_factory=dict)
     #: Workers, by session, that are to get no new requests, because another model is to have the memory of theirs.

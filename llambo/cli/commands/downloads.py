@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from llambo.cli.commands.models import show_file
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, pass_common
-from llambo.cli.kit.download_view import download, failure_of
+from llambo.cli.kit.common import Common, ask, pass_common
+from llambo.cli.kit.download_view import download, failure_of, view
 from llambo.cli.kit.failure import Exit, Failure
-from llambo.cli.kit.flags import config_option, json_option, settings_options, verbosity
-from llambo.cli.kit.tables import size
+from llambo.cli.kit.flags import client_options, config_option, json_option, settings_options, verbosity
+from llambo.cli.kit.tables import show_json, size
+from llambo.mesh.client.model_loading import ASK_S
 
 if TYPE_CHECKING:
+    from llambo.mesh.client.client import Client
+    from llambo.mesh.wire.reports import PullHost, PullReply
     from llambo.worker.store.caches import Removal
 
 EXAMPLES_PULL = """
@@ -26,6 +32,7 @@ llambo pull hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF:Q5_K_M
 llambo pull hf:ORG/REPO/FOLDER/FILE.gguf
 llambo pull ollama:llama3.2:1b
 llambo pull https://example.org/x.gguf#sha256=SUM   checked against it
+llambo pull hf:ORG/REPO --to all                 to all hosts of the mesh
 """
 EXAMPLES_RM = """
 llambo rm hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF:Q5_K_M
@@ -37,29 +44,74 @@ FORMS = "hf:ORG/REPO, hf:ORG/REPO:QUANT, hf:ORG/REPO/FILE.gguf, ollama:NAME:TAG,
 
 @click.command(cls=Command, examples=EXAMPLES_PULL)
 @click.argument("name", metavar="REF")
+@click.option("--to", default="", metavar="HOST", help="To hosts of the mesh: the name of one, or of a class; or all.")
 @json_option
 @settings_options(["llama_lib"])
-@config_option()
-@verbosity("Log to stderr; twice for more.")
-@pass_common
-def pull(common: Common, name: str, as_json: bool) -> None:
+@client_options
+def pull(common: Common, name: str, to: str, as_json: bool) -> None:
     """Download a model, into the cache that programs of its source use as well: Hugging Face's, or Ollama's.
 
     A download that was interrupted goes on where it stopped, and what is here already is not downloaded again. The
     bytes are checked against the sha256 that the source has for them. Models that are private, or have terms, need a
     token: HF_TOKEN, or `hf auth login`. HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and OLLAMA_MODELS count here
     as well.
+
+    With --to the hosts of the mesh download it, into caches of theirs, and not this machine. One of them gets it from
+    outside, the others from that one and from each other, if it was started with --share. A Ctrl-C ends the waiting
+    only. With keys this is for admins.
     """
     from llambo.worker.store import refs
 
     try:
         ref = refs.parse(common.settings.aliases.get(name, name))
     except refs.StoreError as error:
-        raise failure_of(error) from error
+        raise Failure(str(error), error.hint, Exit.USAGE) from error
     if ref is None:
         raise Failure(f"{name} is not the name of a model that can be downloaded", FORMS, Exit.USAGE)
+    if to:
+        _pull_at(common, str(ref), to, as_json=as_json)
+        return
     download(ref)
     show_file(common, name, as_json=as_json)
+
+
+def _pull_at(common: Common, ref: str, to: str, *, as_json: bool) -> None:
+    async def work(client: Client) -> PullReply:
+        reply = await client.pull_model(ref, to)
+        with ExitStack() as drawn:
+            shown, done = None, 0
+            while any(host.state in ("waiting", "fetching") for host in reply.hosts):
+                # It is asked for again if the broker has been restarted, and knows nothing of it.
+                await asyncio.sleep(ASK_S)
+                reply = await client.pull_model(ref, to, poll=True)
+                whole = max((host.size for host in reply.hosts), default=0)
+                if shown is None and whole and not as_json:
+                    shown, drawing = view(ref, whole * len(reply.hosts))
+                    drawn.enter_context(drawing)
+                if shown is not None:
+                    here = sum(host.bytes for host in reply.hosts if host.state in ("fetching", "here"))
+                    shown.moved(here - done)
+                    done = here
+        return reply
+
+    reply = ask(common, work)
+    bad = [host for host in reply.hosts if host.state != "here"]
+    if as_json:
+        show_json(msgspec.to_builtins(reply))
+    else:
+        for host in reply.hosts:
+            click.echo(f"{host.host}  {_shown(host)}")
+    if bad:
+        text = f"{len(bad)} of {len(reply.hosts)} hosts do not have {ref}"
+        raise Failure(f"{text}: {bad[0].host}: {bad[0].note}", "the same command goes on from there")
+
+
+def _shown(host: PullHost) -> str:
+    if host.state != "here":
+        return f"{host.state}: {host.note}"
+    if not host.outside:
+        return f"has it, {size(host.size)}"
+    return f"has it, {size(host.size)}, {size(host.outside)} of it downloaded from outside the mesh"
 
 
 @click.command(cls=Command, examples=EXAMPLES_RM)
@@ -74,7 +126,7 @@ def rm(common: Common, name: str, yes: bool) -> None:
     NAME is a name as in `llambo models`, or a path. A file that is in no cache is removed with --yes only. A worker
     that runs the model is not disturbed.
     """
-    from llambo.worker.store import caches
+    from llambo.worker.store import caches, chunk_sums
     from llambo.worker.store.refs import StoreError
 
     try:
@@ -89,6 +141,8 @@ def rm(common: Common, name: str, yes: bool) -> None:
     if not yes:
         click.confirm(f"Remove {name}: {total}?", abort=True, err=True)
     caches.remove(found)
+    for path in found.files:
+        chunk_sums.forget(path)
     click.echo(f"removed {name}: {total}")
     if found.shared:
         click.echo(f"{len(found.shared)} more stay, because another model has them as well")

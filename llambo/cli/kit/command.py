@@ -23,7 +23,7 @@ from llambo.cli.kit.std_streams import (
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: How similar to a command or an option a word must be to count as a typing mistake.
-SIMILAR = 0.8
+SIMILAR = 0.75
 EXIT_CODES = "\n".join(f"{code.value:>3}  {text}" for code, text in MEANING.items())
 
 

@@ -77,7 +77,7 @@ def download(ref: Ref) -> Path:
         if made.missing:
             Lines().note(f"downloading {size(made.missing)} to {made.folder}")
         name = ref.file if isinstance(ref, UrlRef) else str(ref)
-        watcher, drawn = _view(name, made.size if made.missing else 0)
+        watcher, drawn = view(name, made.size if made.missing else 0)
         with drawn:
             return pull.carry_out(made, ref, watcher)
     except StoreError as error:
@@ -87,7 +87,7 @@ def download(ref: Ref) -> Path:
         raise
 
 
-def _view(name: str, total: int) -> tuple[Lines | Bar, AbstractContextManager[object]]:
+def view(name: str, total: int) -> tuple[Lines | Bar, AbstractContextManager[object]]:
     if not total or not sys.stderr.isatty():
         return Lines(total), nullcontext()
     bar = Bar(name, total)

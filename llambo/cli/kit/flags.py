@@ -32,6 +32,10 @@ class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic from cl
             self.fail(f"{value!r}: {error}", param, ctx)
 
 
+#: Settings whose option has a letter as well.
+SHORT = {"client_model": ("-m",)}
+
+
 class SettingOption(click.Option):
     """An option with a heading in the help. Its value is stored in `Common` and not passed to the function."""
 
@@ -40,7 +44,7 @@ class SettingOption(click.Option):
         shown = default or setting.show(setting.default)
         default = f"  [default: {shown}]" if shown else ""
         super().__init__(
-            [setting.flag, setting.name],
+            [*SHORT.get(setting.name, ()), setting.flag, setting.name],
             type=SettingType(setting),
             metavar=setting.metavar,
             help=f"{_sentence(setting.help)}{default}",

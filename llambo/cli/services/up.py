@@ -59,6 +59,7 @@ WORKER_SETTINGS = (
     "models",
     "memory_bytes",
     "model_ttl_ms",
+    "share",
     "engine",
     "node_class",
     "slots",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
+    from llambo.mesh.wire.identity import PeerKey
     from llambo.worker.config import Adapter, WorkerConfig
 
 EXAMPLES = """
@@ -107,6 +108,7 @@ def _serve_host(
         model_ttl_ms=settings.number("model_ttl_ms"),
         min_loaded_ms=settings.number("min_loaded_ms"),
         helper_percent=settings.number("helper_percent"),
+        share=share_address(settings, template.key),
     )
 
     def on_ready() -> None:
@@ -117,6 +119,22 @@ def _serve_host(
                          f"into {memory}")  # fmt: skip
 
     return run_host(config, Catalogue(names, template, room, settings.aliases), on_ready, notifier)
+
+
+def share_address(settings: Settings, key: PeerKey | None) -> str:
+    """Where files are given to other hosts. Without keys that is for this machine only, as a broker is."""
+    from llambo.mesh.link.sockets import is_loopback, split
+
+    address = settings.text("share")
+    if not address:
+        return ""
+    if not hosted_names(settings):
+        raise Failure("--share gives away files of the models that --models names", "--models ~/models", Exit.USAGE)
+    host, _ = split(address)
+    if key is None and not is_loopback(host):
+        text = f"without a key files are shared on loopback only, and {host} is not a loopback address"
+        raise Failure(text, "a mesh with keys: `llambo help security`", Exit.USAGE)
+    return address
 
 
 def hosted_names(settings: Settings) -> tuple[str, ...]:

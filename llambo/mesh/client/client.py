@@ -392,6 +392,16 @@ class Client:
             lambda n: e.CommandAsked(msgspec.structs.replace(order, query=n)), what, reports.HoldReply
         )
 
+    async def pull_model(self, ref: str, to: str = "all", *, poll: bool = False) -> reports.PullReply:
+        """Let hosts have the files of a model: one downloads them from outside the mesh, the others get them from it.
+
+        `ref` names the model at its source (`hf:`, `ollama:`, `https:`), `to` a host, a class, or all. The answer does
+        not wait: a call with `poll` asks how far it is. With keys only an admin may do it.
+        """
+        return await self._question(
+            lambda n: e.CommandAsked(m.PullModel(n, ref, to, poll)), "pull_model", reports.PullReply
+        )
+
     async def lease(self, lease: m.Lease) -> reports.LeaseReply:
         """Ask for a lease, which has one holder at a time, as an orchestrator does. The client sets its `query`.
 

@@ -37,7 +37,7 @@ ASK_AGAIN_MS = 1_000
 class OpenQuery:
     """A query, which is sent again until all pages of one answer have arrived in order."""
 
-    message: m.Query | m.DrainWorker | m.HoldModel | m.Lease
+    message: m.Query | e.Order
     parts: list[bytes] = field(default_factory=list)
     size: int = 0
 
@@ -71,7 +71,7 @@ class Queries:
     def __len__(self) -> int:
         return len(self._open)
 
-    def ask(self, message: m.Query | m.DrainWorker | m.HoldModel | m.Lease, welcomed: bool, now_ms: int) -> None:
+    def ask(self, message: m.Query | e.Order, welcomed: bool, now_ms: int) -> None:
         self._open[message.query] = OpenQuery(message)
         if welcomed:
             self._send_or_hold(message.query, now_ms)

@@ -13,6 +13,8 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import ErrorInfo
 from llambo.mesh.wire.tokens import Logprob
 
+Order = m.DrainWorker | m.HoldModel | m.PullModel | m.Lease
+
 # --- calls of the user -----------------------------------------------------------------------------------
 
 
@@ -53,7 +55,7 @@ class QueryAsked(msgspec.Struct, frozen=True):
 class CommandAsked(msgspec.Struct, frozen=True):
     """A command that is answered as a query is; its `query` is the number of the answer."""
 
-    message: m.DrainWorker | m.HoldModel | m.Lease
+    message: Order
 
 
 class ReaderLeft(msgspec.Struct, frozen=True):

@@ -236,6 +236,7 @@ class SyncClient:
     drain = _blocking(Client.drain)
     hold_model = _blocking(Client.hold_model)
     release_model = _blocking(Client.release_model)
+    pull_model = _blocking(Client.pull_model)
     lease = _blocking(Client.lease)
 
 

@@ -11,7 +11,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -160,6 +160,24 @@ def process_metrics_page() -> str:
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def own_memory(whole: Collection[str] = (), root: Path = _ROOT) -> tuple[int, int]:
+    """Bytes of this process that are resident and belong to no file, and those of the files that it has mapped. Of
+    those in `whole` all pages count that are mapped, and not only the resident ones."""
+    anonymous = mapped = 0
+    path = ""
+    with (root / "proc/self/smaps").open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            words = line.split(maxsplit=5)
+            if not words[0].endswith(":"):
+                path = words[5].strip() if len(words) > 5 else ""
+            elif words[0] == ("Size:" if path in whole else "Rss:"):
+                if path.startswith("/"):
+                    mapped += int(words[1]) * 1024
+                else:
+                    anonymous += int(words[1]) * 1024
+    return anonymous, mapped
 
 
 @cache

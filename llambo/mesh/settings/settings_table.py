@@ -261,6 +261,8 @@ _WORKER = (
         "load took, if that is less", high=_LONGEST_MS),
     row("worker.helper_percent", Kind.NUMBER, 20, "percent of the memory that models for embeddings and reranking can "
         "have without being unloaded for others", high=100),
+    row("worker.share", Kind.TEXT, "", "where other hosts of the mesh may fetch files of its models, such as "
+        "tcp://0.0.0.0:7341; port 0: any; empty: nowhere"),
     row("worker.ctx", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: the model's, at most 4096, "
         "halved until it fits the memory",
         high=16 * MIB),

@@ -96,6 +96,16 @@ HOLDER_CHARS = 48
 HOLD_MS = 3_600_000
 #: Kinds of memory of one host.
 DEVICES_PER_HOST = 32
+#: The name of a model at its source.
+REF_CHARS = 1_024
+#: What a host shows to get files of another.
+TICKET_BYTES = 16
+#: Models whose files one host is asked about, or asks for, at a time.
+FILES_PER_HOST = 32
+#: Hosts that one host fetches a file from.
+SOURCES_PER_FILE = 16
+#: Hosts and models that one host gives files to, by one broker.
+FILE_GRANTS = 512
 #: Slots of one worker: its claims have to fit into one heartbeat.
 SLOTS_PER_WORKER = 16_384
 #: Chunks of one stream that are stored out of order while a gap before them is repaired.

@@ -36,6 +36,14 @@ Number = Annotated[int, Meta(ge=0, le=limits.BEAT_NUMBER)]
 Milliseconds = Annotated[int, Meta(ge=0, le=10**12)]
 Bytes = Annotated[int, Meta(ge=0, le=2**53)]
 Port = Annotated[int, Meta(ge=1, le=65_535)]
+#: The name of a model at its source, such as `hf:org/repo`. Only hosts read it.
+Ref = Annotated[str, Meta(min_length=1, max_length=limits.REF_CHARS)]
+#: Random, drawn by a broker: who has it may fetch the files of one model from one host.
+Ticket = Annotated[bytes, Meta(min_length=limits.TICKET_BYTES, max_length=limits.TICKET_BYTES)]
+#: Of a host that has files for others: `tcp://host:port`.
+ShareAddress = Annotated[str, Meta(max_length=256)]
+#: A public key as ZeroMQ writes it; empty: the mesh has no keys.
+PublicKey = Annotated[str, Meta(max_length=40)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Priority = Literal["interactive", "normal", "batch"]
 #: The kind of a request: an answer, or a task, whose result is not a stream of tokens (see `tasks`).
@@ -245,6 +253,61 @@ class Memory(msgspec.Struct, frozen=True, omit_defaults=True):
     helpers: Bytes = 0
 
 
+#: The files of a model at a host. `wanted`: the host itself asks for them. `stuck`: other hosts do not
+#: have more of them, or cannot be reached, or what they have is wrong.
+FileState = Literal["absent", "wanted", "waiting", "fetching", "here", "stuck", "failed"]
+
+
+class HostedFile(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model that is known by the name of its source, and whether its files are on this host."""
+
+    ref: Ref
+    state: FileState
+    #: That are here, and of all its files; 0: not known yet.
+    bytes: Bytes = 0
+    size: Bytes = 0
+    #: Those of them that this process has downloaded from its source.
+    outside: Bytes = 0
+    #: Why it failed, or what it waits for, for people.
+    note: Annotated[str, Meta(max_length=256)] = ""
+    #: As in the order (`FetchFiles`) that this is about.
+    attempt: Number = 0
+    #: Hosts that have sent wrong bytes of it.
+    wrong: Annotated[list[Name], Meta(max_length=limits.SOURCES_PER_FILE)] = []
+
+
+class FileSource(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A host that files of a model can be fetched from."""
+
+    host: Name
+    address: ShareAddress
+    ticket: Ticket
+    #: What its connection has to prove.
+    key: PublicKey = ""
+
+
+class FileOrder(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model that a host is to have, or, without `want`, is only to report about."""
+
+    ref: Ref
+    want: bool = False
+    #: Download what other hosts do not have from its source. One host at a time has such an order.
+    outside: bool = False
+    #: Those whose statements count first come first.
+    sources: Annotated[list[FileSource], Meta(max_length=limits.SOURCES_PER_FILE)] = []
+    #: With a higher number it is tried again after a failure.
+    attempt: Number = 0
+
+
+class FileGrant(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Another host may fetch the files of this model here."""
+
+    ticket: Ticket
+    ref: Ref
+    #: What its connection has to prove.
+    key: PublicKey = ""
+
+
 class HostHello(Message, frozen=True):
     """A host joins. Its first heartbeat says what it has."""
 
@@ -256,6 +319,10 @@ class HostHello(Message, frozen=True):
     node_class: Name = ""
     host: Name = ""
     pid: Count = 0
+    #: Where other hosts can fetch files of its models; empty: it gives none away.
+    share: ShareAddress = ""
+    #: It carries out `FetchFiles`.
+    fetches: bool = False
 
 
 class HostHeartbeat(Message, frozen=True):
@@ -269,6 +336,8 @@ class HostHeartbeat(Message, frozen=True):
     models: Annotated[list[HostedModel], Meta(max_length=limits.MODELS_PER_HOST)] = []
     #: By name: `ram`, and the devices of llama.cpp.
     memory: Annotated[dict[Name, Memory], Meta(max_length=limits.DEVICES_PER_HOST)] = {}
+    #: Those that the broker has asked about, and those that this host wants, with `models` and `memory`.
+    files: Annotated[list[HostedFile], Meta(max_length=limits.FILES_PER_HOST)] = []
 
 
 class PlaceModels(Message, frozen=True):
@@ -297,6 +366,18 @@ class Hold(Message, frozen=True):
     ttl_ms: Milliseconds = 0
     pin: bool = False
     undo: bool = False
+
+
+class FetchFiles(Message, frozen=True):
+    """Which models a host is to have the files of, and which hosts may fetch some here.
+
+    All of it each time, and again with each heartbeat while there is any. A host forgets it when it was not sent again
+    for some heartbeats.
+    """
+
+    seq: Number
+    orders: Annotated[list[FileOrder], Meta(max_length=limits.FILES_PER_HOST)] = []
+    grants: Annotated[list[FileGrant], Meta(max_length=limits.FILE_GRANTS)] = []
 
 
 # --- worker to broker: orphans -------------------------------------------------------------------------
@@ -485,6 +566,19 @@ class HoldModel(Message, frozen=True):
     undo: bool = False
 
 
+class PullModel(Message, frozen=True):
+    """Let hosts have the files of a model: one downloads them, the others get them from it. For admins.
+
+    The answer is a `PullReply`. `poll`: only ask how far it is, if this broker knows of it; otherwise as without.
+    """
+
+    query: Number
+    ref: Ref
+    #: The name of a host, or of a class; `all`.
+    to: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
+    poll: bool = False
+
+
 class Lease(Message, frozen=True):
     """Ask for a lease, which has one holder at a time. Asking again in time renews it; `ms` 0 returns it.
 
@@ -670,13 +764,14 @@ ClientToBroker = (
     | Query
     | DrainWorker
     | HoldModel
+    | PullModel
     | Lease
     | Goodbye
 )
 BrokerToClient = Welcome | BrokerHeartbeat | Accepted | End | Page | Result | Problem | Goodbye
 HostToBroker = HostHello | HostHeartbeat | Goodbye
 WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineLost | Page | Orphan | Goodbye
-BrokerToHost = Welcome | BrokerHeartbeat | PlaceModels | Hold | Problem | Goodbye
+BrokerToHost = Welcome | BrokerHeartbeat | PlaceModels | Hold | FetchFiles | Problem | Goodbye
 BrokerToWorker = Welcome | BrokerHeartbeat | Dispatch | Adopt | Cancel | Replay | EndAck | Drain | Problem | Goodbye
 
 #: The messages that have an extra frame.

@@ -459,6 +459,32 @@ class DrainReply(_Row, frozen=True, kw_only=True):
     running: int = 0
 
 
+class PullHost(_Row, frozen=True, kw_only=True):
+    """The files of a model at one host."""
+
+    #: Its name.
+    host: str = ""
+    #: waiting, fetching, here, failed, or gone: it has left.
+    state: str = ""
+    #: That are there.
+    bytes: int = 0
+    #: Of all files; 0: not known yet.
+    size: int = 0
+    #: Those of them that it has downloaded from outside the mesh.
+    outside: int = 0
+    #: What it waits for, or why it failed.
+    note: str = ""
+
+
+class PullReply(_Row, frozen=True, kw_only=True):
+    """The answer to `pull_model`: how far each host is."""
+
+    #: The name of the model at its source.
+    ref: str = ""
+    #: Every host that is to have it.
+    hosts: list[PullHost] = []
+
+
 class HoldReply(_Row, frozen=True, kw_only=True):
     """The answer to `hold_model` and `release_model`: the model as it is now, and where."""
 

@@ -117,6 +117,8 @@ class Ready(EngineMessage, frozen=True):
     note: str = ""
     #: The library that computes, with its version.
     library: str = ""
+    #: Memory of the host that this process takes, with what it may still come to take; 0: not measured.
+    memory_bytes: int = 0
 
 
 class Output(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaults=True):

@@ -105,6 +105,12 @@ class Catalogue:
         self._what: dict[_Key, Literal["model", "adapter", "part"]] = {}
         self._known: dict[tuple[str, tuple[_Key, tuple[Adapter, ...]]], Servable] = {}
 
+    @property
+    def missing_refs(self) -> tuple[str, ...]:
+        """What was not found in the last scan, and can be downloaded."""
+        found = (self._aliases.get(name, name) for name in self._named if name in self._missing)
+        return tuple(name for name in found if refs.is_ref(name))
+
     def scan(self) -> dict[str, Servable]:
         """By the name in the mesh. Raises BadName."""
         if self._template.engine == "fake":
@@ -255,8 +261,16 @@ def check_names(
     for name in names:
         if template.engine == "fake":
             fake_model(name, template)
-        elif not is_folder(name, aliases):
+        elif not is_folder(name, aliases) and not _is_downloadable(aliases.get(name, name)):
             model_files.resolve(name, aliases)
+
+
+def _is_downloadable(name: str) -> bool:
+    """The mesh brings it: a broker decides which host downloads it. Raises NoSuchModel."""
+    try:
+        return refs.parse(name) is not None
+    except refs.StoreError as error:
+        raise model_files.NoSuchModel(str(error), error.hint) from error
 
 
 def has_model(names: tuple[str, ...], aliases: Mapping[str, str] = model_files.NO_ALIASES) -> bool:

@@ -9,6 +9,7 @@ is done about it is decided in `loading_core`.
     a wish      of a broker counts until the next one, until it was not repeated for `WISH_BEATS`, or until the broker
                 is lost. So it does not matter which message is lost, or that brokers disagree
     a hold      counts until it is given back or its time is over, also if the broker is gone
+    files       that it is to get from its source or other hosts, or to give to others: `file_orders`
 
 Events come in through `handle`, which returns actions. There is no clock, socket or randomness in here.
 """
@@ -34,7 +35,8 @@ from llambo.worker.agent.events import (
     Ticked,
 )
 from llambo.worker.config import HostConfig
-from llambo.worker.host.host_events import HostAction, HostEvent, ModelsFound, WorkerChanged, WorkerEnded
+from llambo.worker.host.file_orders import FileOrders
+from llambo.worker.host.host_events import FileChanged, HostAction, HostEvent, ModelsFound, WorkerChanged, WorkerEnded
 from llambo.worker.host.loading_core import Loading, check_loading
 
 #: A wish counts for so many heartbeats of its broker.
@@ -58,7 +60,10 @@ class HostCore:
             node_class=config.node_class,
             host=identity.host[: limits.NAME_CHARS],
             pid=identity.pid,
+            share=config.share,
+            fetches=True,
         )
+        self.files = FileOrders(self._out)
         several = len(config.brokers) > 1
         self.links = {
             number: LinkCore(number, lambda: self._hello, self._out.append, redundant=several, streams=False)
@@ -78,9 +83,12 @@ class HostCore:
                 self._on_control(event, now_ms)
             case ConnectionChanged(link, change):
                 self.links[link].on_connection(change, now_ms)
-            case ModelsFound(models):
+            case ModelsFound(models, missing):
                 self._catalogued = True
                 self.loading.on_found(models)
+                self.files.on_wanted(missing)
+            case FileChanged(file):
+                self.files.on_file(file)
             case WorkerChanged():
                 self.loading.on_worker(event, now_ms)
             case WorkerEnded():
@@ -92,6 +100,7 @@ class HostCore:
             case _:
                 assert_never(event)
         self.loading.settle(now_ms)
+        self.files.settle(now_ms)
         self._tick(now_ms)
         actions = self._out[:]
         self._out.clear()
@@ -100,7 +109,8 @@ class HostCore:
     def next_wakeup_ms(self) -> int:
         if self.exited:
             return NEVER_MS
-        return min(self.loading.next_wakeup_ms, *(link.next_wakeup_ms() for link in self.links.values()))
+        links = (link.next_wakeup_ms() for link in self.links.values())
+        return min(self.loading.next_wakeup_ms, self.files.next_wakeup_ms, *links)
 
     # Brokers.
 
@@ -125,6 +135,10 @@ class HostCore:
             case m.Hold():
                 self._on_sequence(number, message.seq)
                 self.loading.on_hold(message, now_ms)
+            case m.FetchFiles():
+                self._on_sequence(number, message.seq)
+                lasts_ms = WISH_BEATS * self.links[number].terms.heartbeat_ms
+                self.files.on_orders(number, message, now_ms + lasts_ms)
             case m.Problem():
                 self._on_problem(number, message, now_ms)
             case m.Goodbye():
@@ -157,6 +171,7 @@ class HostCore:
             for link in self.links.values():
                 link.leave("stopped", now_ms)
         self.loading.stop()
+        self.files.stop()
 
     def _tick(self, now_ms: int) -> None:
         if self.loading.stopping:
@@ -164,8 +179,9 @@ class HostCore:
                 self.exited = True
                 self._out.append(Exit("stopped, no model is loaded"))
             return
-        if self.loading.changed:
+        if self.loading.changed or self.files.changed:
             self.revision += 1
+            self.files.changed = False
             for link in self.links.values() if self.loading.changed_now else ():
                 link.beats.now()
             self.loading.changed = self.loading.changed_now = False
@@ -188,6 +204,7 @@ class HostCore:
                 revision=self.revision,
                 models=[] if known else self.loading.hosted(now_ms),
                 memory={} if known else self.loading.memory(),
+                files=[] if known else self.files.hosted(),
             )
         )
 

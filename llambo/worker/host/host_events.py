@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from llambo.mesh.link.link_core import LinkAction
-from llambo.mesh.wire.messages import Kind
+from llambo.mesh.wire.messages import FileGrant, FileOrder, HostedFile, Kind
 from llambo.worker.agent.events import (
     ConnectionChanged,
     ControlArrived,
@@ -37,6 +37,14 @@ class ModelsFound(msgspec.Struct, frozen=True):
     """All models that the host has, at the start and whenever they have changed."""
 
     models: list[StoredModel]
+    #: Names of models at their sources that this host is to serve, and that are not here.
+    missing: tuple[str, ...] = ()
+
+
+class FileChanged(msgspec.Struct, frozen=True):
+    """How far the files of a model are that `FetchModel` is about."""
+
+    file: HostedFile
 
 
 class WorkerChanged(msgspec.Struct, frozen=True):
@@ -51,6 +59,8 @@ class WorkerChanged(msgspec.Struct, frozen=True):
     percent: int = 0
     #: How often it has refused `UnloadWorker` because it was busy.
     refusals: int = 0
+    #: Of `RAM`: what its engine takes and may come to take, measured when it was ready; 0: not measured.
+    memory_bytes: int = 0
 
 
 class WorkerEnded(msgspec.Struct, frozen=True):
@@ -64,7 +74,16 @@ class WorkerEnded(msgspec.Struct, frozen=True):
     out_of_memory: bool = False
 
 
-HostEvent = Ticked | ControlArrived | ConnectionChanged | StopRequested | ModelsFound | WorkerChanged | WorkerEnded
+HostEvent = (
+    Ticked
+    | ControlArrived
+    | ConnectionChanged
+    | StopRequested
+    | ModelsFound
+    | FileChanged
+    | WorkerChanged
+    | WorkerEnded
+)
 
 
 class StartWorker(msgspec.Struct, frozen=True):
@@ -86,4 +105,31 @@ class StopWorker(msgspec.Struct, frozen=True):
     model: str
 
 
-HostAction = LinkAction | StartWorker | UnloadWorker | StopWorker | NotifyReady | Log | Exit
+class FetchModel(msgspec.Struct, frozen=True):
+    """Report about the files of this model, and get them if that is wanted; or go on by this order from now on."""
+
+    order: FileOrder
+
+
+class StopFetching(msgspec.Struct, frozen=True):
+    ref: str
+
+
+class GrantFiles(msgspec.Struct, frozen=True):
+    """What other hosts may fetch here from now on."""
+
+    grants: tuple[FileGrant, ...]
+
+
+HostAction = (
+    LinkAction
+    | StartWorker
+    | UnloadWorker
+    | StopWorker
+    | FetchModel
+    | StopFetching
+    | GrantFiles
+    | NotifyReady
+    | Log
+    | Exit
+)

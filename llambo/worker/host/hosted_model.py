@@ -76,6 +76,8 @@ class ModelAtHost:
     takes: Sizes = field(default_factory=dict)
     #: Those that it was loaded with. One that is added later is served when it is loaded again.
     adapters: tuple[str, ...] = ()
+    #: Of the kinds of memory that were measured while it was loaded: what this file needs, with these settings.
+    measured: Sizes = field(default_factory=dict)
     #: The refusals of its worker that are known.
     refusals: int = 0
     holders: dict[str, Holder] = field(default_factory=dict)
@@ -92,6 +94,11 @@ class ModelAtHost:
     @property
     def name(self) -> str:
         return self.stored.name
+
+    @property
+    def needs(self) -> Sizes:
+        """The estimate of the catalogue until it was loaded once."""
+        return {**self.stored.needs, **self.measured}
 
     @property
     def pinned(self) -> bool:
@@ -123,7 +130,7 @@ class ModelAtHost:
             kind=self.stored.kind,
             state=state,
             percent=self.percent if state == "loading" else 0,
-            needs=self.stored.needs,
+            needs=self.needs,
             worker=self.worker if self.loaded else "",
             pinned=self.pinned,
             holders=list(self.holders),

@@ -29,7 +29,7 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.worker.agent.events import Log
-from llambo.worker.config import HostConfig
+from llambo.worker.config import RAM, HostConfig
 from llambo.worker.host.host_events import (
     HostAction,
     StartWorker,
@@ -39,7 +39,7 @@ from llambo.worker.host.host_events import (
     WorkerChanged,
     WorkerEnded,
 )
-from llambo.worker.host.hosted_model import Holder, ModelAtHost, Sizes, add, fits, in_mib
+from llambo.worker.host.hosted_model import MIB, Holder, ModelAtHost, Sizes, add, fits, in_mib
 
 #: The pause after a load that failed doubles from the first to the last.
 RETRY_MS = (5_000, 300_000)
@@ -85,6 +85,8 @@ class Loading:
             if model is None:
                 self.models[stored.name] = ModelAtHost(stored, self._worker_name(stored.name))
             else:
+                if model.stored.needs != stored.needs:
+                    model.measured = {}  # it is another file
                 model.stored, model.removed = stored, False
         for name, model in list(self.models.items()):
             if name not in names:
@@ -132,6 +134,8 @@ class Loading:
             model.percent = change.percent
             self.changed = True
         if change.ready and not model.up:
+            if change.memory_bytes:
+                self._measured(model, change.memory_bytes)
             self._on_ready(model, now_ms)
         elif model.up and not change.ready:
             model.up = False
@@ -140,6 +144,18 @@ class Loading:
             model.refusals = change.refusals
             if model.state == "unloading" and not self.stopping:
                 self._step(model, "ready")
+
+    def _measured(self, model: ModelAtHost, memory_bytes: int) -> None:
+        """What was estimated is corrected, for as long as the file and its settings are the same. The budget has the
+        last word: a model that needs more than there is left is counted with what is left until it is unloaded."""
+        room = self._free(self.loaded).get(RAM, 0) + model.takes.get(RAM, 0)
+        if memory_bytes > self.config.budget.get(RAM, 0):
+            return  # the estimate was within it, and the model is loaded
+        if memory_bytes > room:
+            text = f"{model.name} needs {memory_bytes // MIB} MiB of {RAM}, more than was expected"
+            self._out.append(Log(text, warning=True))
+        model.measured = {RAM: memory_bytes}
+        model.takes[RAM] = min(memory_bytes, room)
 
     def _on_ready(self, model: ModelAtHost, now_ms: int) -> None:
         history = model.history
@@ -203,7 +219,7 @@ class Loading:
         # What is free when everything that is being unloaded is gone, less what is promised to models that wait for it.
         soon = self._free(model for model in self.loaded if model.state != "unloading")
         for model in self._wanted(now_ms):
-            needs = _with_place(model.stored.needs)
+            needs = _with_place(model.needs)
             wait = False
             if model.history.make_room:
                 idle = self._idle_for(model)
@@ -331,7 +347,7 @@ class Loading:
         self._step(model, "loading")
         model.takes, model.history.started_at = takes, now_ms
         model.adapters = model.stored.adapters
-        self._out.append(Log(f"{model.name}: loading, {in_mib(model.stored.needs)}"))
+        self._out.append(Log(f"{model.name}: loading, {in_mib(model.needs)}"))
         self._out.append(StartWorker(model.name, model.worker))
 
     def _unload(self, model: ModelAtHost, why: str) -> None:
@@ -354,7 +370,7 @@ class Loading:
 
     def refusal(self, model: ModelAtHost) -> str:
         """Why it can never be loaded here; empty if it can."""
-        needs, budget = model.stored.needs, self.config.budget
+        needs, budget = model.needs, self.config.budget
         if model.stored.refusal or fits(needs, budget):
             return model.stored.refusal
         return f"it needs {in_mib(needs)}, and the budget is {in_mib(budget)}"

@@ -3,6 +3,7 @@
     main thread     links to the brokers, the core, signals
     worker NAME     an `Agent` each, with its own links and its own engine child
     catalogue       looks for models, and for changes of their files
+    share, fetch REF   files for other hosts, and from them (`worker/share/`)
 
 The other threads send events over a queue; the main thread stops their agents, and reads nothing of their state.
 `WorkerEnded` is sent when the engine process is reaped, so that its memory is free.
@@ -20,7 +21,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import zmq
 
@@ -33,23 +34,32 @@ from llambo.mesh.service.host import stop_signals_wake
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.service.service_manager import Notifier
 from llambo.mesh.wire import codec
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import LlamboError
 from llambo.worker.agent.agent import POLL_BOTH, POLL_MS, Agent, Waker
 from llambo.worker.agent.announcement import ProcessIdentity
 from llambo.worker.agent.core import WorkerCore
 from llambo.worker.agent.events import ConnectionChanged, ControlArrived, Exit, Log, NotifyReady, StopRequested, Ticked
 from llambo.worker.config import HostConfig, WorkerConfig
 from llambo.worker.host.catalogue import BadName, Catalogue, Servable
+from llambo.worker.host.file_orders import ENDED
 from llambo.worker.host.host_core import HostCore
 from llambo.worker.host.host_events import (
+    FetchModel,
+    FileChanged,
+    GrantFiles,
     HostAction,
     HostEvent,
     ModelsFound,
     StartWorker,
+    StopFetching,
     StopWorker,
     UnloadWorker,
     WorkerChanged,
     WorkerEnded,
 )
+from llambo.worker.share.model_fetch import ModelFetch
+from llambo.worker.share.share_server import ShareServer, Stock
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +77,12 @@ class ModelHost:
         on_ready: Callable[[], None] = lambda: None,
         notifier: Notifier | None = None,
     ) -> None:
+        self._library = Stock()
+        self._share = ShareServer(config.share, config.key, self._library) if config.share else None
+        if self._share is not None:
+            config = replace(config, share=reachable(self._share.host, self._share.port, config.brokers[0]))
+            log.info("files of models are given to other hosts at %s, if a broker grants it", config.share)
+        self._fetches: dict[str, ModelFetch] = {}
         self.core = HostCore(
             config,
             ProcessIdentity(secrets.token_bytes(8), socket.gethostname(), os.getpid(), f"llambo {llambo.__version__}"),
@@ -153,10 +169,17 @@ class ModelHost:
             if bundle.messages:
                 self._handle(ControlArrived(number, bundle.session, bundle.messages))
 
-    def _handle_posted(self, event: dict[str, Servable] | HostEvent) -> None:
-        if isinstance(event, dict):
-            self._models |= event  # what is loaded may have gone from the folder
-            event = ModelsFound([each.stored for each in event.values()])
+    def _handle_posted(self, event: Posted) -> None:
+        if isinstance(event, Scanned):
+            self._models |= event.models  # what is loaded may have gone from the folder
+            event = ModelsFound([each.stored for each in event.models.values()], event.missing)
+        elif isinstance(event, FetchReport):
+            if self._fetches.get(event.file.ref) is not event.fetch:
+                return  # it was stopped
+            if event.file.state in ENDED:
+                del self._fetches[event.file.ref]
+                self._looker.look_now()
+            event = FileChanged(event.file)
         elif isinstance(event, WorkerEnded):
             self._join(event.model)
         self._handle(event)
@@ -170,6 +193,20 @@ class ModelHost:
             self.workers[model] = HostedWorker(model, config, self._inbox)
         except (OSError, RuntimeError, zmq.ZMQError) as error:  # no descriptors, or no threads, are left
             self._inbox.post(WorkerEnded(model, f"its worker cannot be started: {error}"))
+
+    def _fetch(self, order: m.FileOrder) -> None:
+        fetch = self._fetches.get(order.ref)
+        if fetch is not None:
+            fetch.update(order)
+        else:
+            self._fetches[order.ref] = ModelFetch(
+                order, self._config.key, self._library, lambda *each: self._inbox.post(FetchReport(*each))
+            )
+
+    def _stop_fetching(self, ref: str) -> None:
+        fetch = self._fetches.pop(ref, None)
+        if fetch is not None:
+            fetch.stop()
 
     def _join(self, model: str) -> None:
         worker = self.workers.pop(model, None)
@@ -192,6 +229,13 @@ class ModelHost:
                 self.workers[model].stop()
             case UnloadWorker() | StopWorker():
                 pass  # it has not started, or has just ended
+            case FetchModel(order):
+                self._fetch(order)
+            case StopFetching(ref):
+                self._stop_fetching(ref)
+            case GrantFiles(grants):
+                if self._share is not None:
+                    self._share.grant(grants)
             case NotifyReady():
                 self._notifier.update_soon()
                 self._on_ready()
@@ -208,6 +252,10 @@ class ModelHost:
 
     def _close(self) -> None:
         self._looker.stop()
+        for ref in list(self._fetches):
+            self._stop_fetching(ref)
+        if self._share is not None:
+            self._share.close()
         for worker in self.workers.values():  # only if this loop has failed: the process ends, and the engines with it
             worker.stop()
             worker.stop()
@@ -218,22 +266,52 @@ class ModelHost:
         self._inbox.close()
 
 
+def reachable(bound_to: str, port: int, broker: str) -> str:
+    """The address of a socket of this host for others. One that is bound to all addresses has that which leads to the
+    broker."""
+    if bound_to in ("0.0.0.0", "::", "*"):  # noqa: S104 - only compared with
+        host, broker_port = sockets.split(broker)
+        try:
+            ip = sockets.resolve(host)[0]
+        except LlamboError:  # the name may be defined later
+            return sockets.endpoint(socket.gethostname(), port)
+        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((ip, broker_port))  # sends nothing
+            bound_to = str(probe.getsockname()[0])
+    return sockets.endpoint(bound_to, port)
+
+
+class Scanned(NamedTuple):
+    """What the catalogue has: by the name in the mesh, and what is named and missing."""
+
+    models: dict[str, Servable]
+    missing: tuple[str, ...]
+
+
+class FetchReport(NamedTuple):
+    fetch: ModelFetch
+    file: m.HostedFile
+
+
+Posted = Scanned | FetchReport | HostEvent
+
+
 class Inbox:
     """Events of other threads for the main thread, which polls it."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[dict[str, Servable] | HostEvent] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Posted] = queue.SimpleQueue()
         self._waker = Waker()
 
     def fileno(self) -> int:
         return self._waker.fileno()
 
-    def post(self, event: dict[str, Servable] | HostEvent) -> None:
+    def post(self, event: Posted) -> None:
         self._queue.put(event)
         self._waker.send(0)
 
-    def take(self) -> list[dict[str, Servable] | HostEvent]:
-        events = []
+    def take(self) -> list[Posted]:
+        events: list[Posted] = []
         if self._waker.receive():
             with suppress(queue.Empty):
                 while True:
@@ -268,8 +346,10 @@ class HostedWorker:
     # --- in the thread of the worker ---
 
     def _watch(self, core: WorkerCore) -> None:
+        engine = core.engine
+        memory_bytes = engine.ready.memory_bytes if engine.is_ready and engine.ready is not None else 0
         now = WorkerChanged(
-            self._model, core.engine.is_ready, core.runs.active, core.engine.percent, core.drain.refusals
+            self._model, engine.is_ready, core.runs.active, engine.percent, core.drain.refusals, memory_bytes
         )
         if now != self._last:
             self._last = now
@@ -299,7 +379,8 @@ class Looker:
     def __init__(self, catalogue: Catalogue, inbox: Inbox) -> None:
         self._catalogue = catalogue
         self._inbox = inbox
-        self._stopped = threading.Event()
+        self._stopped = False
+        self._due = threading.Event()
         self._thread = threading.Thread(target=self._run, name="catalogue", daemon=True)
 
     def start(self) -> None:
@@ -307,14 +388,20 @@ class Looker:
 
     def stop(self) -> None:
         """A look that has begun is not waited for: it may read from a slow disk."""
-        self._stopped.set()
+        self._stopped = True
+        self._due.set()
+
+    def look_now(self) -> None:
+        """Something has changed."""
+        self._due.set()
 
     def _run(self) -> None:
-        last: dict[str, Servable] | None = None
+        last: Scanned | None = None
         problem = ""
-        while not self._stopped.is_set():
+        while not self._stopped:
+            self._due.clear()
             try:
-                found = self._catalogue.scan()
+                found = Scanned(self._catalogue.scan(), self._catalogue.missing_refs)
             except (BadName, OSError) as error:
                 if str(error) != problem:
                     problem = str(error)
@@ -324,7 +411,7 @@ class Looker:
                 if found != last:
                     last = found
                     self._inbox.post(found)
-            self._stopped.wait(SCAN_S)
+            self._due.wait(SCAN_S)
 
 
 def run_host(

@@ -101,6 +101,8 @@ class Setup:
     embed_bytes: int = 0
     purpose: Purpose = field(default_factory=Purpose)
     adapters: tuple[Adapter, ...] = ()
+    #: For `Ready.memory_bytes`.
+    measure: Callable[[], int] = lambda: 0
 
     def load(self, send: Callable[[Progress], None]) -> llama.Model:
         """Reports each percent."""
@@ -122,7 +124,7 @@ class Setup:
         for adapter in self.adapters:
             name, digest = with_adapter(self.name, adapter.name), model_files.digest(adapter.path)
             infos.append(ModelInfo(name, adapter_fingerprint(self.fingerprint, digest), context, self.purpose.kind))
-        return Ready(infos, self.layout.slots, note, str(llama.open_library()))
+        return Ready(infos, self.layout.slots, note, str(llama.open_library()), self.measure())
 
     def facts(self, model: llama.Model, context: int) -> dict[str, Any]:
         """What `model_info` says of any model."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
+from llambo.mesh.service import host
 from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Progress
 from llambo.worker.llama import binding, dry_run, llama, sampling
 from llambo.worker.llama.llama_engine import LlamaEngine, Setup
+from llambo.worker.llama.llama_log import UnknownLog, read_log
 from llambo.worker.llama.pooled_engine import PooledEngine
 from llambo.worker.llama.prompt import BadPrompt
 from llambo.worker.models import adapters, gguf, model_files
@@ -21,6 +25,8 @@ log = logging.getLogger("llambo.engine")
 UNUSABLE = (
     binding.LibraryError, model_files.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError
 )  # fmt: skip
+#: What else a process may come to take after it was measured: prompts, grammars, rows of the vocabulary; and the agent.
+GROWTH_BYTES = 32 * 1024 * 1024
 #: Characters of the progress bar.
 WIDTH = 30
 
@@ -57,6 +63,30 @@ class ProgressBar:
                 sys.stderr.write("\n")
             self._drawn = percent >= 0
             sys.stderr.flush()
+
+
+def _most_memory(path: str, lines: list[str], file: gguf.ModelFile, setup: Setup) -> int:
+    """What this process takes now, with what it may still come to take: weights that no token has needed yet, the
+    buffers of a larger step than those of the self-test, the context for embeddings. 0: it is not known.
+
+    llama.cpp fills its cache with zeros, so that is resident. If a version does not, the size in its log counts.
+    `lines`: of that log.
+    """
+    llama.start_library().everything = None
+    try:
+        logged = read_log(lines, file.number("block_count", 1), cached=not setup.purpose.is_encoder)
+    except UnknownLog as error:
+        log.warning("what the model takes is not known: %s", error)
+        return 0
+    parts = {os.path.realpath(part) for part in model_files.parts(Path(path))}
+    anonymous, mapped = host.own_memory(parts)
+    return (
+        max(anonymous, sum(logged.cache.values()))
+        + sum(logged.buffers.values())
+        + mapped
+        + setup.embed_bytes
+        + GROWTH_BYTES
+    )
 
 
 def _load(
@@ -104,5 +134,7 @@ def _load(
             embed_bytes=0 if placement.layers else model_files.embed_need(options, file, layout.context),
             purpose=purpose,
             adapters=options.adapters,
+            measure=(lambda: 0) if placement.layers else lambda: _most_memory(path, lines, file, setup),
         )
+        lines = llama.start_library().everything = []
         return LlamaEngine(setup, bar) if purpose.kind == "generate" else PooledEngine(setup, bar, alive)

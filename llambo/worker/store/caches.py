@@ -118,6 +118,11 @@ def find(ref: Ref) -> Path | None:
             return url_file(ref) if all(os.path.isfile(url_file(part)) for part in ref.parts()) else None
 
 
+def snapshot(ref: HubRef) -> tuple[Path, list[str]] | None:
+    """The folder of the model that `find` finds, and its files."""
+    return next(_snapshots(ref), None)
+
+
 def _snapshots(ref: HubRef) -> Iterator[tuple[Path, list[str]]]:
     """Those that have the model, and its files: that of the main branch, then the newest."""
     folder = repo_folder(ref.repo)

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from llambo.worker.store.chunk_sums import CHUNK_BYTES, journal
 from llambo.worker.store.refs import StoreError
 from llambo.worker.store.web import Web, persevere
 
 MIB = 1024 * 1024
-CHUNK_BYTES = 4 * MIB
 #: What stays free on a disk.
 SPARE_BYTES = 64 * MIB
 GGUF = b"GGUF"
@@ -85,8 +85,15 @@ def check_room(blobs: list[Blob], folder: Path) -> None:
 _ELSEWHERE = "HF_HUB_CACHE, OLLAMA_MODELS or XDG_CACHE_HOME name another folder for models"
 
 
-def fetch(blob: Blob, web: Web, watcher: Watcher) -> None:
-    """Download it, unless it is here. Another process that does so is waited for; if it ends, this one goes on."""
+class WrongBytes(StoreError):
+    """The whole file has not the sha256 that it should have. It was discarded."""
+
+
+def fetch(blob: Blob, bring: Callable[[PartFile], None], watcher: Watcher) -> None:
+    """Get it, unless it is here. Another process that does so is waited for; if it ends, this one goes on.
+
+    `bring` writes what is missing of the part.
+    """
     if _is_done(blob, watcher):  # its folder may be one that cannot be written
         return
     try:
@@ -95,7 +102,11 @@ def fetch(blob: Blob, web: Web, watcher: Watcher) -> None:
                 return
             blob.path.parent.mkdir(parents=True, exist_ok=True)
             with PartFile(blob.part, blob.size, blob.sha256 or f"{blob.url} {blob.version}") as part:
-                _fill(part, blob, web, watcher)
+                if _size(blob.part) > CHUNK_BYTES:
+                    watcher.note(f"checking the {_size(blob.part) // MIB:,} MiB that are here")
+                part.resume()
+                watcher.moved(part.size)
+                bring(part)
                 watcher.verified(blob.path, part.finish(blob))
     except OSError as error:
         raise cannot_write(error, blob.path) from error
@@ -105,27 +116,29 @@ def _is_done(blob: Blob, watcher: Watcher) -> bool:
     if not blob.is_here():
         return False
     with contextlib.suppress(OSError):
-        _sums(blob.part).unlink()  # of a process that was killed in its last step
+        journal(blob.part).unlink()  # of a process that was killed in its last step
     watcher.moved(blob.size)
     return True
 
 
-def _fill(part: PartFile, blob: Blob, web: Web, watcher: Watcher) -> None:
-    if _size(blob.part) > CHUNK_BYTES:
-        watcher.note(f"checking the {_size(blob.part) // MIB:,} MiB that are here")
-    part.resume()
-    watcher.moved(part.size)
+def download(part: PartFile, blob: Blob, web: Web, watcher: Watcher) -> None:
+    """What is missing of it, from its source."""
 
     def transfer() -> None:
         for data in web.body(blob.url, part.size, blob.size, blob.version):
             part.write(data)
+            check_begin(part, blob, web.page)
             watcher.moved(len(data))
-            if blob.is_model and part.begin != GGUF[: len(part.begin)]:
-                part.discard()
-                raise StoreError(f"{blob.name} is not a GGUF file: it begins with {part.begin!r}", f"see {web.page}")
 
     if part.size < blob.size:
         persevere(transfer, lambda: part.size, watcher.note)
+
+
+def check_begin(part: PartFile, blob: Blob, page: str) -> None:
+    """Raises StoreError if a model is none."""
+    if blob.is_model and part.begin != GGUF[: len(part.begin)]:
+        part.discard()
+        raise StoreError(f"{blob.name} is not a GGUF file: it begins with {part.begin!r}", f"see {page}")
 
 
 class PartFile:
@@ -140,7 +153,7 @@ class PartFile:
         self._whole, self._chunk = hashlib.sha256(), hashlib.sha256()
         # Without buffers: what was written is in the file also if this process is killed.
         self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
-        self._journal = _sums(path).open("a+b", buffering=0)
+        self._journal = journal(path).open("a+b", buffering=0)
 
     def __enter__(self) -> PartFile:
         return self
@@ -189,22 +202,18 @@ class PartFile:
         if blob.sha256 and found != blob.sha256:
             self.discard()
             text = f"{blob.name}: the server sent wrong bytes: the sha256 is {found}, and should be {blob.sha256}"
-            raise StoreError(
+            raise WrongBytes(
                 f"{text}; they were discarded", "run the same command again; a proxy or mirror may be broken"
             )
         os.fsync(self._file.fileno())
         self.path.replace(blob.path)
-        _sums(self.path).unlink()
+        journal(self.path).unlink()
         sync_folder(blob.path.parent)
         return found
 
     def discard(self) -> None:
         self.path.unlink()
-        _sums(self.path).unlink()
-
-
-def _sums(part: Path) -> Path:
-    return part.with_name(f"{part.name}.sums")
+        journal(self.path).unlink()
 
 
 def _line(chunk: hashlib._Hash) -> bytes:

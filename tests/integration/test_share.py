@@ -1,0 +1,110 @@
+"""Files of models between real hosts: one download from outside, the rest from each other, and what goes wrong."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from llambo.mesh.client.sync_client import SyncClient
+from llambo.mesh.security.keyring import Folder
+from llambo.testing.mesh import Mesh, key_folder, key_of
+from llambo.testing.processes import TIMEOUT_S, Process
+from tests.integration.bad_host import FAULT
+from tests.integration.hub import Hub, serving, sha256
+
+MIB = 1024 * 1024
+REPO, FILE = "org/big-GGUF", "big-Q4_K_M.gguf"
+NAME = f"hf:{REPO}"
+CONTENT = b"GGUF" + random.Random(1).randbytes(30 * MIB + 12345)
+SHA256 = sha256(CONTENT)
+BAD = "tests.integration.bad_host"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving(Hub(repos={REPO: {FILE: CONTENT}})) as hub:
+        yield hub
+
+
+class Site:
+    """A mesh with keys, and hosts that each have a home of their own."""
+
+    def __init__(self, mesh: Mesh, hub: Hub, folder: Path, keys: Folder) -> None:
+        self.mesh, self.hub, self.folder, self.keys = mesh, hub, folder, keys
+        self.hosts: dict[str, Process] = {}
+
+    def start(self, name: str, fault: str = "", *words: str) -> Process:
+        home = self.folder / name
+        home.mkdir(exist_ok=True)
+        env = {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache"), "HF_HOME": str(home / "hf"),
+               "HF_ENDPOINT": self.hub.url, "HF_HUB_CACHE": str(home / "hub"), FAULT: fault}  # fmt: skip
+        module = BAD if fault else "llambo.cli.services.worker"
+        words = words or ("--share", "tcp://127.0.0.1:0")
+        self.hosts[name] = self.mesh.spawn_host(name, "a", *words, env=env, module=module)
+        return self.hosts[name]
+
+    def ready(self) -> None:
+        for process in self.hosts.values():
+            process.line("is ready")
+
+    def blob(self, name: str) -> Path:
+        return self.folder / name / "hub" / "models--org--big-GGUF" / "blobs" / SHA256
+
+    def has_it(self, name: str) -> bool:
+        blob = self.blob(name)
+        link = next((blob.parent.parent / "snapshots").glob(f"*/{FILE}"), None)
+        return link is not None and sha256(link.read_bytes()) == blob.name
+
+    def written(self, name: str) -> int:
+        blob = self.blob(name)
+        part = blob.with_name(f"{blob.name}.part")
+        return next((each.stat().st_size for each in (blob, part) if each.is_file()), 0)
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}; written: { ({n: self.written(n) for n in self.hosts}) }"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def site(hub: Hub, tmp_path: Path) -> Iterator[Site]:
+    keys = key_folder(tmp_path)
+    with Mesh(0, keys=keys, broker="process") as mesh:
+        yield Site(mesh, hub, tmp_path, keys)
+
+
+def test_one_downloads_it_and_the_rest_get_it_from_each_other_whatever_goes_wrong(site: Site, hub: Hub) -> None:
+    """The one that downloads is killed in the middle, another one gives wrong bytes, and one is slow."""
+    # Given five hosts, and a source that is not faster than they are
+    for name, fault in (("h1", ""), ("h2", ""), ("h3", ""), ("a-liar", "corrupt"), ("b-slow", "0.5")):
+        site.start(name, fault)
+    site.ready()
+    hub.after_block = lambda: time.sleep(0.005)
+    admin = key_of(site.keys, "ops", "admin")
+
+    with SyncClient(site.mesh.address, key=admin) as client:
+        # When an admin wants all of them to have it
+        client.pull_model(NAME)
+        downloader = ""
+
+        def in_the_middle() -> bool:
+            nonlocal downloader
+            reply = client.pull_model(NAME, poll=True)
+            downloader = next((host.host for host in reply.hosts if host.outside > 9 * MIB), "")
+            return bool(downloader) and any(site.written(n) > 4 * MIB for n in site.hosts if n != downloader)
+
+        site.until(in_the_middle, "no host has some of it from another")
+        site.hosts[downloader].kill()
+        left = [name for name in site.hosts if name != downloader]
+
+        # Then all that are left have it, and about as many bytes came from outside as the file has
+        site.until(lambda: all(site.has_it(name) for name in left), "not all have it")
+        reply = client.pull_model(NAME, poll=True)
+        extra = hub.sent - len(CONTENT)
+        assert extra < 10 * MIB, f"{extra} bytes too many came from outside"
+        assert {host.host for host in reply.hosts if host.state != "here"} <= {downloader}, reply
