@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import tiny_model
+from bench import lora, tiny_model
 from bench.tiny_model import STRING, U32, Entry, File
 from llambo.gateway.answers.api_errors import FieldError
 from llambo.mesh.client.request_options import build_request
@@ -22,7 +22,7 @@ from llambo.worker.engine.fake import FakeEngine
 from llambo.worker.engine.protocol import Output, Start
 from llambo.worker.models import adapters, model_files
 from llambo.worker.models.adapters import BadAdapter
-from tests import bert, lora
+from tests import bert
 from tests.unit.broker_bench import Bench, Client, Worker
 from tests.unit.test_api_answers import parsed
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench import tiny_model
+from bench import lora, tiny_model
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import printable
@@ -20,7 +20,6 @@ from llambo.worker.host.catalogue import BadName, Capacity, Catalogue, Servable
 from llambo.worker.llama import dry_run
 from llambo.worker.models import gguf, model_files
 from llambo.worker.models.placement import ComputeDevice, Placement, Share
-from tests import lora
 from tests.unit.test_models import tiny
 
 MIB, GIB = 1024 * 1024, 1024**3

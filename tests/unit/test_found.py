@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from bench import tiny_model
+from bench import lora, tiny_model
 from llambo.cli.kit.failure import Exit
 from llambo.cli.main import main
 from llambo.mesh.service import host as host_facts
@@ -15,7 +15,6 @@ from llambo.worker.config import LlamaOptions
 from llambo.worker.llama import binding
 from llambo.worker.models import model_files
 from llambo.worker.models.model_files import Found
-from tests import lora
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from pathlib import PurePath
 
 from llambo.fleet.decide.plan import Placement
 from llambo.fleet.model import Fleet, NodeClass, Scaling, World
-from llambo.mesh.wire.naming import class_of, in_class
+from llambo.mesh.wire.naming import class_of, in_class, with_adapter
 from llambo.mesh.wire.reports import RequestRow, WorkerRow
 
 # --- The largest (or smallest) value in a sliding window, at amortized constant cost for each value. ---
@@ -347,7 +347,9 @@ def _models(spec: NodeClass, workers: list[WorkerRow]) -> set[str]:
     settings = spec.settings.get("worker", {})
     model = PurePath(str(settings.get("model", ""))).name.removesuffix(".gguf")
     name = model or ("fake" if settings.get("engine") == "fake" else "smollm2")
-    return reported or {name, in_class(name, spec.name)}
+    adapters = [part.partition("=")[0].strip() for part in str(settings.get("lora", "")).split(",") if "=" in part]
+    names = [with_adapter(name, adapter) for adapter in ("", *adapters)]
+    return reported or {*names, *(in_class(each, spec.name) for each in names)}
 
 
 def _share(spec: NodeClass, fleet: Fleet, world: World, workers: Mapping[str, WorkerRow], models: set[str]) -> float:
