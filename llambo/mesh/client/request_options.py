@@ -227,7 +227,7 @@ def _hint_for(name: str, value: object) -> str:
     """What is probably meant by an option that is not known. Empty: nothing similar is known."""
     if name in m.Sampling.__struct_fields__:
         return f"options of the sampler are passed as sampling={{{name!r}: {value!r}}}"
-    close = difflib.get_close_matches(name, Options.__optional_keys__, 1)
+    close = difflib.get_close_matches(name, Options.__optional_keys__, 1, cutoff=0.7)
     return f"did you mean {close[0]}?" if close else ""
 
 
