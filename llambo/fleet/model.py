@@ -7,8 +7,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import PurePath
 
 import msgspec
+
+from llambo.mesh.wire.reports import WorkerRow
 
 #: The broker is started like a worker. This is the name of its class, and no other class may have it.
 BROKER = "broker"
@@ -68,11 +71,36 @@ class NodeClass:
     def is_broker(self) -> bool:
         return self.name == BROKER
 
+    @property
+    def is_host(self) -> bool:
+        """Its nodes run several models, each of which is loaded on demand."""
+        return bool(self._worker("models"))
+
+    @property
+    def model_names(self) -> set[str]:
+        """What its models are called in the mesh. An empty one: a folder, or a reference; what that is called is known
+        only where it is."""
+        fake = self._worker("engine") == "fake"
+        if self.is_host:
+            return {_mesh_name(each.strip(), fake=fake) for each in self._worker("models").split(",")}
+        return {PurePath(self._worker("model")).name.removesuffix(".gguf") or ("fake" if fake else "smollm2")}
+
+    def _worker(self, setting: str) -> str:
+        return str(self.settings.get("worker", {}).get(setting, ""))
+
     def fingerprint(self, *more: str) -> str:
         """Workers with the same one are interchangeable. `more`: what is not in the file, as the release that runs, or
         the version of the model's file."""
         parts = [self.name, self.settings, self.memory_bytes, self.cores, self.cpu_weight, *more]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _mesh_name(model: str, *, fake: bool) -> str:
+    if fake:
+        return model.partition(":")[0]
+    if model.endswith(".gguf"):
+        return PurePath(model).name.removesuffix(".gguf")
+    return "" if "/" in model or ":" in model or model.startswith(("~", ".")) else model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +163,15 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     address: str = ""
 
 
+class HostedRow(WorkerRow, frozen=True, kw_only=True):
+    """A node with several models, like a worker: `hosted.py`."""
+
+    #: The names of its workers.
+    workers: list[str] = []
+    #: The largest share of slots in use of one of its models. If that is full, another node helps.
+    busiest: float = 0.0
+
+
 class NodeFailed(Exception):
     """A node ended before it was ready, or was not ready in time, or could not be started or ended."""
 
@@ -164,7 +201,7 @@ class Node:
     memory_bytes: int = 0
     cores: float = 0.0
     begun_ms: int = 0
-    #: Why it failed, or why its state is uncertain.
+    #: Why it failed, why its state is uncertain, or what a host has loaded.
     note: str = ""
 
     @property

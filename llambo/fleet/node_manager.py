@@ -6,17 +6,19 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 
+from llambo.fleet import hosted
 from llambo.fleet.decide.plan import PlanStep, StepKind
 from llambo.fleet.decide.rolling_core import START_MS
 from llambo.fleet.model import (
     BROKER,
     Fleet,
+    HostedRow,
     HostFacts,
     Node,
     NodeClass,
@@ -37,7 +39,7 @@ from llambo.mesh.service.host import cpus, memory_bytes
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
-from llambo.mesh.wire.reports import RequestRow, WorkerRow
+from llambo.mesh.wire.reports import DrainReply, RequestRow, WorkerRow
 
 #: Memory of this machine that is left for everything else, in percent.
 RESERVE_PERCENT = 10
@@ -105,6 +107,8 @@ def node_of(
             state = NodeState.DRAINING
         elif row.state in ("loading", "joining"):
             state = NodeState.STARTING
+        if isinstance(row, HostedRow):
+            note = note or row.note
     elif workers is not None and record.node_class != BROKER:
         # It runs, and the broker does not know it.
         late = now_ms - since_ms > START_MS
@@ -264,7 +268,10 @@ class NodeManager:
             return None, []
         try:
             async with self.mesh() as client:
-                return {row.worker: row for row in await client.workers()}, await client.requests()
+                rows = {row.worker: row for row in await client.workers()}
+                if any(one.name not in rows for one in self.providers.records() if one.node_class != BROKER):
+                    rows |= await hosted.ask(client, rows)
+                return rows, await client.requests()
         except LlamboError as error:
             if error.code not in (Code.NO_BROKER, Code.TIMEOUT):
                 raise
@@ -322,8 +329,7 @@ class NodeManager:
             case StepKind.SPAWN:
                 await self.spawn(step)
             case StepKind.RESUME:
-                async with self.mesh() as client:
-                    await client.drain(step.name, undo=True)
+                await self.drain(step.name, undo=True)
                 self.report(f"{step.name} works again: {step.why}")
             case StepKind.RETIRE:
                 await self.retire(step)
@@ -331,8 +337,12 @@ class NodeManager:
                 await self.retire(step)
                 await self.spawn(step)
 
+    def spec_of(self, step: PlanStep) -> NodeClass | None:
+        """What a step starts."""
+        return self.older.get(step.fingerprint) or self.fleet.named(step.node_class)
+
     async def spawn(self, step: PlanStep) -> None:
-        spec = self.older.get(step.fingerprint) or self.fleet.named(step.node_class)
+        spec = self.spec_of(step)
         assert spec is not None, "plans start nodes of classes that exist"
         began = time.monotonic()
         record = NodeRecord(
@@ -350,23 +360,36 @@ class NodeManager:
         Neither needs the broker to answer.
         """
         spec = self.fleet.named(step.node_class)
-        await self._drain(step, undo=False)
+        drained = await self._drain(step)
         default = SECTIONS["worker"]["drain_ms"].default
         drain_ms = spec.settings.get("worker", {}).get("drain_ms", default) if spec else default
         await self.providers.end(step.name, int(drain_ms) / 1000 + AFTER_DRAIN_S)
         # The broker remembers a drain by name, so that it survives a restart. The next node of this name is another.
-        await self._drain(step, undo=True)
+        for worker in drained:
+            with _unless_gone():
+                async with self.mesh() as client:
+                    await client.drain(worker, undo=True)
         self.report(f"{step.name} has left: {step.why}")
 
-    async def _drain(self, step: PlanStep, *, undo: bool) -> None:
+    async def _drain(self, step: PlanStep) -> list[str]:
+        """Returns the workers that it has, or may have."""
         if step.node_class == BROKER:
-            return
-        try:
+            return []
+        workers = [step.name]
+        with _unless_gone():
             async with self.mesh() as client:
-                await client.drain(step.name, undo, move=not undo)
-        except LlamboError as error:
-            if error.code not in (Code.NO_BROKER, Code.TIMEOUT, Code.UNKNOWN_WORKER):
-                raise
+                workers = await _workers(client, step.name)
+                for worker in workers:
+                    await client.drain(worker, move=True)
+        return workers
+
+    async def drain(self, node: str, *, undo: bool) -> DrainReply:
+        """A host has several workers, and may load other models meanwhile."""
+        async with self.mesh() as client:
+            workers = await _workers(client, node)
+            replies = [await client.drain(worker, undo, move=not undo) for worker in workers]
+        running = sum(reply.running for reply in replies)
+        return DrainReply(worker=node, draining=not undo, moving=not undo, running=running)
 
     def _launch(self, spec: NodeClass, name: str, host: str) -> Launch:
         if spec.is_broker:
@@ -388,6 +411,23 @@ class NodeManager:
         if not folder.ring().named(node_class):
             folder.add(Identity(node_class, "worker"), clock.wall_ms() // 1000)
         return folder.path / ISSUED / f"{node_class}.key"
+
+
+@contextlib.contextmanager
+def _unless_gone() -> Iterator[None]:
+    """What is done to a worker needs neither the worker nor the broker: one that is gone is drained."""
+    try:
+        yield
+    except LlamboError as error:
+        if error.code not in (Code.NO_BROKER, Code.TIMEOUT, Code.UNKNOWN_WORKER):
+            raise
+
+
+async def _workers(client: Client, node: str) -> list[str]:
+    """The node itself, or those that it has as a host."""
+    workers = {row.worker: row for row in await client.workers()}
+    hosts = {} if node in workers else await hosted.ask(client, workers)
+    return hosts[node].workers if node in hosts else [node]
 
 
 def _broker_address(broker: NodeClass, default: int, reported: int | None = None) -> str:

@@ -104,7 +104,12 @@ class _Reader:
         path = ("classes", name)
         own, rows = by_name(schema.CLASS), schema.WORKER_SETTINGS
         values = self._values({"classes": {name: table}}, path, schema.CLASS, [*rows, "fake", "scale"])
-        worker = {key: self._value((*path, key), Key(rows[key]), raw) for key, raw in table.items() if key in rows}
+        worker = {
+            key: self._value((*path, key), Key(rows[key], words=isinstance(raw, list) and key == "models"), raw)
+            for key, raw in table.items()
+            if key in rows
+        }
+        self._models(path, worker, values)
         fake = self._sub(table, (*path, "fake"), {key: Key(row) for key, row in SECTIONS["fake"].items()})
         if not table.get("memory"):
             self._bad(path, f'[classes.{name}] needs memory: what one worker needs, as memory = "600MiB"')
@@ -119,7 +124,7 @@ class _Reader:
         cores = float(values["cores"] or worker.get("threads") or 1)
         # By default a worker takes every core, which is right only for a single worker.
         worker.setdefault("threads", max(1, math.ceil(cores)))
-        return NodeClass(
+        spec = NodeClass(
             name=name,
             settings=_without_empty({"worker": worker, "fake": fake}),
             slots=int(worker.get("slots") or SECTIONS["worker"]["slots"].default),
@@ -133,6 +138,22 @@ class _Reader:
             scaling=self._scaling({"scale": table.get("scale", {})}, ("scale",), scaling, path),
             line=self._line(path),
         )
+        if spec.is_host and not spec.min and "" in spec.model_names:
+            self._bad((*path, "models"), "models: what a folder or a reference is called is known only while a node of "
+                      f"[classes.{name}] runs: set min = 1, or name files")  # fmt: skip
+        return spec
+
+    def _models(self, path: tuple[str, ...], worker: dict[str, Any], values: Mapping[str, Any]) -> None:
+        """With `models` the nodes of a class are hosts, and the memory of one is for all that it has loaded."""
+        models = worker.get("models")
+        if not models:
+            return
+        if worker.get("model"):
+            self._bad(
+                (*path, "model"), "model and models: a node has one model, or several; name all of them in models"
+            )
+        worker["models"] = models if isinstance(models, str) else ",".join(models)
+        worker["memory_bytes"] = values["memory"]
 
     def _broker(self, content: Table, hosts: Mapping[str, Host]) -> NodeClass:
         table = content["broker"]

@@ -123,16 +123,16 @@ SCALE = (
 
 #: Settings that the fleet itself chooses for each worker.
 _OURS = frozenset({"name", "class"})
-#: Settings of a host, which runs several models: a node of a class is a worker with one.
-_OF_HOSTS = frozenset({"models", "memory_bytes", "model_ttl_ms", "min_loaded_ms", "helper_percent"})
-WORKER_SETTINGS = {key: row for key, row in SECTIONS["worker"].items() if key not in _OURS | _OF_HOSTS}
+#: Settings of workers that a class has by another name: the budget of a host is its `memory`.
+_BY_OTHER_NAMES = frozenset({"memory_bytes"})
+WORKER_SETTINGS = {key: row for key, row in SECTIONS["worker"].items() if key not in _OURS | _BY_OTHER_NAMES}
 BROKER_SETTINGS = {key: row for key, row in SECTIONS["broker"].items() if key not in {"name", "keys"}}
 #: Keys that people try, and what they mean.
 ALSO_CALLED = {
     "context": "ctx", "context_size": "ctx", "n_ctx": "ctx", "cpus": "cores", "mem": "memory", "ram": "memory",
     "count": "min", "minimum": "min", "maximum": "max", "host": "hosts", "label": "labels", "ssh": "address",
     "ngl": "gpu_layers", "n_gpu_layers": "gpu_layers", "parallel": "slots", "utilization": "high_percent",
-    "utilisation": "high_percent", "queue_wait_ms": "wait_ms", "workers": "classes",
+    "utilisation": "high_percent", "memory_bytes": "memory", "queue_wait_ms": "wait_ms", "workers": "classes",
 }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 `rolling_core` decides about an update. Its actions are carried out by the node manager here, and the results go back to
 it as events. A worker is ready when its process has reported so (its engine has passed its own test by then) and the
 broker lists it as ready. It is proved when it answers: short requests go to its class until it has answered one, or has
-completed a request of another client. A bad worker is ended, so that it gets no requests.
+completed a request of another client. A host is proved when a model is loaded there. A bad worker is ended, so that it
+gets no requests.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from llambo.fleet import hosted
 from llambo.fleet.decide import plan as planning
 from llambo.fleet.decide.plan import Plan, PlanStep, StepKind
 from llambo.fleet.decide.rolling_core import (
@@ -221,7 +223,10 @@ class ClassUpdate:
 
     async def _test(self, name: str) -> str:
         """The problem; empty: it works."""
+        spec = self._manager.spec_of(self._steps[name])
         async with self._manager.mesh() as client:
+            if spec is not None and spec.is_host:
+                return await hosted.prove(client, name)
             while True:
                 found = await client.workers(name)
                 if not found:

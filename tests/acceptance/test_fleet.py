@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,56 @@ def test_a_wrong_file_is_reported_with_its_line(site: Site) -> None:
     done = site.fleet("plan")
     problem = "fleet.toml:2: unknown key 'memry' in [classes.tiny]; did you mean memory?"
     assert done.code == 2 and problem in done.err, done.story
+
+
+SEVERAL = """
+[hosts.here]
+memory = "4GiB"
+cores = 8
+
+[fleet]
+settle_ms = 100
+
+[broker]
+port = 0
+
+[classes.several]
+engine = "fake"
+models = ["a:40", "b:40", "c:40"]
+memory = "100MiB"
+min_loaded_ms = 0
+slots = 2
+min = 1
+max = 2
+[classes.several.fake]
+tokens_per_s = 50
+"""
+
+
+def test_nodes_with_several_models_are_updated_and_nothing_is_lost(site: Site) -> None:
+    site.write(SEVERAL)
+    assert did(site.ok("apply", "--json")) == [("spawn", "broker"), ("spawn", "several-0001")]
+    mesh = site.mesh()
+    for model in "abc":
+        assert mesh.llambo("send", "--model", model, "--max-tokens", "2", "hi").code == 0
+    node = site.nodes()["several-0001"]
+    assert (node["state"], node["note"]) == ("ready", "2 of 3 models loaded")
+    assert did(site.ok("apply", "--json")) == [], "what runs is left as it is"
+    # When its settings change while it answers
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(mesh.llambo, "send", "--model", "a", "--max-tokens", "150", "--json", "hi", timeout_s=60)
+        deadline = time.monotonic() + TIMEOUT_S
+        while not any(row["state"] == "running" for row in mesh.ok("requests", "--json").json()):
+            assert time.monotonic() < deadline and not answer.done(), "the request does not run"
+        site.write(SEVERAL.replace("slots = 2", "slots = 3"))
+        assert did(site.ok("apply", "--json")) == [("replace", "several-0001")]
+        end = answer.result().lines()[-1]
+    assert end["type"] == "end" and end["tokens"] == 150, end
+    after = site.nodes()["several-0001"]
+    assert after["pid"] != node["pid"] and after["state"] == "ready"
+    assert after["note"] == "1 of 3 models loaded", "the one that has shown that it works"
+    assert mesh.llambo("send", "--model", "c", "--max-tokens", "2", "hi").code == 0
+    assert site.ok("drain", "several-0001").code == 0
+    assert site.nodes()["several-0001"]["state"] == "draining"
+    assert did(site.ok("apply", "--json")) == [("resume", "several-0001")]
+    assert site.nodes()["several-0001"]["state"] == "ready"

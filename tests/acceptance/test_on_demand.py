@@ -69,6 +69,11 @@ def until(true: Callable[[], Any], what: str) -> None:
         time.sleep(0.1)
 
 
+def test_a_task_says_what_it_waits_for(ask: Commands) -> None:
+    done = ask.llambo("tokens", "-m", "c", "hi")
+    assert done.code == 0 and "loading c on box" in done.err, done.story
+
+
 def test_load_unload_and_what_is_listed(ask: Commands, client: SyncClient) -> None:
     assert "a is loaded on box, and stays until `llambo unload a`" in ask.ok("load", "a").out
     assert "b is loaded on box, and stays for 30 min" in ask.ok("load", "b", "--on", "box", "--ttl", "30m").out

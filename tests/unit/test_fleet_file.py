@@ -135,7 +135,7 @@ def test_defaults_of_the_tables_are_those_of_the_values() -> None:
         ("[classes.tiny]\nmemory = 5\n", "fleet.toml:2: memory is 5, expected a size, as \"600MiB\""),
         (SMALL + "slots = 'many'\n", "fleet.toml:4: slots is 'many', expected a whole number"),
         (SMALL + "context = 9\n", "fleet.toml:4: unknown key 'context' in [classes.tiny]; did you mean ctx?"),
-        (SMALL + "modl = 'x'\n", "fleet.toml:4: unknown key 'modl' in [classes.tiny]; did you mean model?"),
+        (SMALL + "modl = 'x'\n", "fleet.toml:4: unknown key 'modl' in [classes.tiny]; did you mean model or models?"),
         (SMALL + "name = 'x'\n", "fleet.toml:4: unknown key 'name' in [classes.tiny]; there are min, "),
         (SMALL + "min = 4\nmax = 3\n", "fleet.toml:5: max is 3, which is less than min, 4"),
         (SMALL + "hosts = ['box']\n", "fleet.toml:4: there is no host 'box'; there are here"),
@@ -337,3 +337,40 @@ def test_the_example_in_the_documentation_is_read() -> None:
     examples = [part.split("```")[0] for part in text.split("```toml\n")[1:]]
     fleets: list[Fleet] = [parse(example) for example in examples]
     assert list(fleets[0].classes) == ["tiny", "medium", "large"]
+
+
+SEVERAL = """
+[classes.several]
+models = ["/srv/models/a.gguf", "hf:org/repo/b.gguf", "smollm2"]
+memory = "2GiB"
+"""
+
+
+def test_a_class_with_several_models_has_them_as_a_worker_takes_them() -> None:
+    spec = parse(SEVERAL).classes["several"]
+    assert spec.is_host and spec.model_names == {"a", "b", "smollm2"}
+    worker = spec.settings["worker"]
+    assert (worker["models"], worker["memory_bytes"]) == ("/srv/models/a.gguf,hf:org/repo/b.gguf,smollm2", 2 << 30)
+    assert not parse('[classes.one]\nmodel = "smollm2"\nmemory = "1GiB"').classes["one"].is_host
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('model = "smollm2"', "model and models: a node has one model"),
+        ('memory_bytes = "1GiB"', "did you mean memory?"),
+        ("models = [1]", "expected a list of texts"),
+    ],
+)
+def test_what_a_class_with_several_models_cannot_have(line: str, problem: str) -> None:
+    text = SEVERAL.replace("models = [", "mistake = [") if line.startswith("models") else SEVERAL
+    with pytest.raises(LlamboError) as found:
+        parse(text + line)
+    assert problem in found.value.text
+
+
+def test_a_folder_of_models_needs_a_node_that_lists_it() -> None:
+    text = '[classes.several]\nmodels = "/srv/models"\nmemory = "2GiB"\n'
+    with pytest.raises(LlamboError, match="set min = 1, or name files"):
+        parse(text)
+    assert parse(text + "min = 1").classes["several"].model_names == {""}

@@ -6,10 +6,11 @@ import sys
 from typing import Any
 
 from llambo.fleet import node_manager
-from llambo.fleet.decide.autoscale_core import LoadObserver
-from llambo.fleet.model import Fleet, HostFacts, Node, NodeState, World
+from llambo.fleet.decide.autoscale_core import LoadObserver, promised_models
+from llambo.fleet.hosted import rows_of
+from llambo.fleet.model import Fleet, HostedRow, HostFacts, Node, NodeState, World
 from llambo.fleet.reader import parse
-from llambo.mesh.wire.reports import RequestRow, WorkerRow
+from llambo.mesh.wire.reports import HostRow, ModelHost, ModelRow, RequestRow, WorkerRow
 
 TWO = """
 [classes.tiny]
@@ -91,3 +92,71 @@ def test_settings_become_the_words_of_a_command() -> None:
     assert node_manager.command_of(broker, "broker", keys="/k") == [
         sys.executable, "-m", "llambo.cli.services.broker", "--port", "7400", "--queue-bytes", "1MiB", "--keys", "/k",
     ]  # fmt: skip
+
+
+SEVERAL = """
+[classes.several]
+engine = "fake"
+models = ["a:40", "b:40:20ms", "c:40"]
+memory = "100MiB"
+slots = 4
+min = 1
+max = 9
+"""
+
+
+def hosted(**workers: WorkerRow) -> dict[str, HostedRow]:
+    """The row of a node with the models a, b and c. `workers`: those of its loaded models."""
+    places = {
+        model: ModelHost(host="several-0001", state="ready" if model in workers else "stored",
+                         worker=f"several-0001-{model}" if model in workers else "")
+        for model in "abc"
+    }  # fmt: skip
+    models = [
+        ModelRow(model=name, hosts=[place]) for model, place in places.items() for name in (model, f"{model}@several")
+    ]
+    rows = {f"several-0001-{model}": row for model, row in workers.items()}
+    return rows_of([HostRow(host="several-0001", models=3, loaded=list(workers))], models, rows)
+
+
+def test_a_host_is_a_row_among_workers() -> None:
+    (row,) = hosted(a=WorkerRow(worker="several-0001-a", state="ready", slots=4, busy=1, busy_elsewhere=2)).values()
+    assert (row.worker, row.state, row.slots, row.busy_slots) == ("several-0001", "ready", 4, 3)
+    assert row.workers == ["several-0001-a"] and row.note == "1 of 3 models loaded"
+    assert row.models == ["a", "a@several", "b", "b@several", "c", "c@several"]
+    (empty,) = hosted().values()
+    assert (empty.state, empty.slots, empty.busiest) == ("ready", 0, 0.0)
+    (drained,) = hosted(a=WorkerRow(worker="several-0001-a", state="drained", slots=4)).values()
+    assert drained.state == "drained"
+
+
+def test_a_class_of_hosts_is_as_busy_as_the_busiest_model_of_each() -> None:
+    fleet = parse(SEVERAL)
+    nodes = [a_node("several-0001", "several")]
+    workers = {
+        "a": WorkerRow(worker="several-0001-a", state="ready", slots=4, busy=4, done=7),
+        "b": WorkerRow(worker="several-0001-b", state="ready", slots=4, busy=1, done=2),
+    }
+    rows = [*workers.values(), *hosted(**workers).values()]
+    requests = [waits("c", 900), waits("a@several", 300), waits("strange", 9_999)]
+    seen = look(fleet, nodes, rows, requests)["several"]
+    assert (seen.busy, seen.waiting, seen.waited_ms, seen.done, seen.workers) == (4, 2, 900, 9, 1)
+
+
+def test_what_was_done_does_not_count_again_when_a_model_is_unloaded() -> None:
+    fleet, observer = parse(SEVERAL), LoadObserver()
+    world, counted = World((a_node("several-0001", "several"),), {}), []
+    for done in ({"a": 5, "b": 3}, {"a": 6}, {"a": 6, "b": 1}):
+        workers = {model: WorkerRow(worker=f"several-0001-{model}", done=count) for model, count in done.items()}
+        rows = {row.worker: row for row in (*workers.values(), *hosted(**workers).values())}
+        counted.append(observer.loads(fleet, world, rows, [])[0].done)
+    assert counted == [8, 9, 10]
+
+
+def test_a_host_is_started_with_its_models_and_its_memory() -> None:
+    spec = parse(SEVERAL).classes["several"]
+    command = node_manager.command_of(spec, "several-0001", broker="tcp://box:7330")
+    assert command[command.index("--models") + 1] == "a:40,b:40:20ms,c:40"
+    assert command[command.index("--memory-bytes") + 1] == "100MiB"
+    assert node_manager.environ(spec, broker="tcp://box:7330")["LLAMBO_MODELS"] == "a:40,b:40:20ms,c:40"
+    assert promised_models(parse(SEVERAL.replace("min = 1", ""))) >= {"a", "b@several", "c"}

@@ -413,3 +413,35 @@ def test_a_token_has_to_be_shown(token_server: MetricsServer, header: bytes, sta
     head = b"GET /metrics HTTP/1.1\r\n" + header + b"\r\n\r\n"
     assert asked(token_server, head)[0] == status
     assert asked(token_server, head.replace(b"/metrics", b"/healthz"))[0] == 200
+
+
+# --- models at hosts ----------------------------------------------------------------------------------------------
+
+
+def test_models_that_are_loaded_and_unloaded_and_what_waits_for_them() -> None:
+    bench = Bench(lease_ms=10**9)
+    host, client = (
+        bench.host("box", *(m.HostedModel(name, needs={"ram": 60}) for name in "ab"), ram=100),
+        bench.client(),
+    )
+    client.submit(1, model="a")
+    bench.pass_time(100)
+    assert value(samples(bench), "llambo_broker_requests_waiting_for_load", model=OTHER) == 1
+    bench.worker("box-a", model="a", slots=1)
+    for state in ("loading", "ready"):
+        host.report(m.HostedModel("a", state=state, needs={"ram": 60}, worker="box-a", load_ms=2_000),
+                    m.HostedModel("b", needs={"ram": 60}))  # fmt: skip
+    page_now = samples(bench)
+    assert value(page_now, "llambo_broker_requests_waiting_for_load", model="a") == 0
+    assert value(page_now, "llambo_broker_model_loads_total", model="a") == 1
+    assert value(page_now, "llambo_broker_model_load_seconds_sum", model="a") == 2
+    states = {state: value(page_now, "llambo_broker_hosted_models", host="box", state=state)
+              for state in ("ready", "stored", "failed")}  # fmt: skip
+    assert states == {"ready": 1, "stored": 1, "failed": 0}
+    assert value(page_now, "llambo_broker_host_memory_bytes", host="box", memory="ram") == 100
+    assert value(page_now, "llambo_broker_host_memory_used_bytes", host="box", memory="ram") == 60
+    host.report(m.HostedModel("a", needs={"ram": 60}),
+                m.HostedModel("b", state="failed", needs={"ram": 60}, note="damaged", retry_ms=5_000))  # fmt: skip
+    page_now = samples(bench)
+    assert value(page_now, "llambo_broker_model_unloads_total", model="a") == 1
+    assert value(page_now, "llambo_broker_model_load_failures_total", model=OTHER) == 1

@@ -117,6 +117,7 @@ def _note_change(
             usage.failed_at, usage.retry_at = now_ms, retry_at
             text = f"{model.name} on {host.name}: {model.note}"
             state.journal.add(now_ms, "model failed", text, warning=True, worker=model.worker)
+            state.measured.meter.load_failed(model.name)
     elif model.state == was:
         return
     elif model.state == "ready":
@@ -127,8 +128,10 @@ def _note_change(
         if was:
             text = f"{model.name} on {host.name}" + (f", in {model.load_ms / 1_000:.1f} s" if model.load_ms else "")
             state.journal.add(now_ms, "model loaded", text, worker=model.worker)
+            state.measured.meter.model_loaded(model.name, model.load_ms)
     elif model.state == "stored" and was in ("ready", "unloading"):
         state.journal.add(now_ms, "model unloaded", f"{model.name} on {host.name}")
+        state.measured.meter.model_unloaded(model.name)
 
 
 def index_models(state: State, now_ms: int) -> None:

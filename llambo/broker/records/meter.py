@@ -46,7 +46,15 @@ MOVES = Metric("llambo_broker_moves_total", "counter", "Times a request went on 
 REFUSED = Metric("llambo_broker_refusals_total", "counter",
                  "Requests that were not taken in: the code of the error, or the limit that it met",
                  ("reason",))  # fmt: skip
-TABLE = (QUEUED, FIRST, PAUSE, PREFILL, LASTED, TOKENS, PROMPT, CACHED, ENDED, ERRORS, MOVES, REFUSED)
+LOADS = Metric("llambo_broker_model_loads_total", "counter", "Models that a host has loaded", ("model",))
+LOAD_FAILURES = Metric("llambo_broker_model_load_failures_total", "counter",
+                       "Loads that have failed at a host, or models that it cannot load", ("model",))  # fmt: skip
+UNLOADS = Metric("llambo_broker_model_unloads_total", "counter",
+                 "Models that a host has unloaded, for others or because nothing used them", ("model",))  # fmt: skip
+LOADING = Metric("llambo_broker_model_load_seconds", "histogram", "How long a host loaded a model, as it says",
+                 ("model",), WAITS_S)  # fmt: skip
+TABLE = (QUEUED, FIRST, PAUSE, PREFILL, LASTED, TOKENS, PROMPT, CACHED, ENDED, ERRORS, MOVES, REFUSED,
+         LOADS, LOAD_FAILURES, UNLOADS, LOADING)  # fmt: skip
 
 
 _PRIORITIES, _REASONS = get_args(m.Priority), get_args(m.Reason)
@@ -168,6 +176,19 @@ class Meter:
             pace.prompt.value += usage.prompt_tokens
             pace.cached.value += usage.cached_tokens
             pace.prefill.observe(usage.prefill_ms / 1000)
+
+    # --- models at hosts -------------------------------------------------------------------------------------
+
+    def model_loaded(self, model: str, load_ms: int) -> None:
+        self.number(LOADS, self.models.of(model)).value += 1
+        if load_ms:
+            self.spread(LOADING, self.models.of(model)).observe(load_ms / 1000)
+
+    def load_failed(self, model: str) -> None:
+        self.number(LOAD_FAILURES, self.models.of(model)).value += 1
+
+    def model_unloaded(self, model: str) -> None:
+        self.number(UNLOADS, self.models.of(model)).value += 1
 
     # --- where it goes ---------------------------------------------------------------------------------------
 

@@ -5,13 +5,14 @@ To make it takes a look at each worker and each running request.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from llambo.broker.records import meter
 from llambo.broker.records.registry import CONDITIONS
 from llambo.broker.records.state import State
 from llambo.mesh.service import prometheus
 from llambo.mesh.service.prometheus import Family, Metric, Scalar
+from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
 
 
@@ -65,6 +66,10 @@ ELSEWHERE = _gauge("slots_busy_elsewhere", "Slots taken by requests of other bro
 RATE = _gauge("worker_tokens_per_second", "Tokens a second that workers say they make, together", "class")
 RUNNING = _gauge("requests_running", "Requests with a worker", "model", "class")
 WAITING = _gauge("requests_waiting", "Requests that wait for a worker", "model")
+WAITING_FOR_LOAD = _gauge("requests_waiting_for_load", "Those of them whose model is loaded at no worker", "model")
+HOSTED = _gauge("hosted_models", "Models of a host that loads them on demand, by state", "host", "state")
+BUDGET = _gauge("host_memory_bytes", "Memory of a host for models", "host", "memory")
+USED = _gauge("host_memory_used_bytes", "What its loaded models take", "host", "memory")
 PLAIN = {
     "queue_limit": _gauge("queue_requests_limit", "Requests that may wait"),
     "queue": _gauge("queue_bytes", "Prompts that wait"),
@@ -76,7 +81,8 @@ PLAIN = {
     "models": _gauge("models", "Models that are served, or are waited for"),
     "up": _gauge("up_seconds", "How long this broker has been running"),
 }
-_GAUGES = (WORKERS, READY, SERVING, SLOTS, BUSY, ELSEWHERE, RATE, RUNNING, WAITING, *PLAIN.values())
+_GAUGES = (WORKERS, READY, SERVING, SLOTS, BUSY, ELSEWHERE, RATE, RUNNING, WAITING, WAITING_FOR_LOAD, HOSTED, BUDGET,
+           USED, *PLAIN.values())  # fmt: skip
 TABLE: tuple[Metric, ...] = (*meter.TABLE, *COUNTED.values(), *SHELL.values(), *_GAUGES)
 
 
@@ -90,6 +96,7 @@ def page(state: State, now_ms: int) -> str:
     families += [_one(metric, getattr(state.measured.shell, name)) for name, metric in SHELL.items()]
     families += _workers(state)
     families += _requests(state)
+    families += _hosts(state)
     families += [_one(PLAIN[name], value) for name, value in _plain(state, now_ms).items()]
     return prometheus.page(families)
 
@@ -132,10 +139,11 @@ def _workers(state: State) -> list[Family[Scalar]]:
 
 
 def _requests(state: State) -> list[Family[Scalar]]:
-    running, waiting = RUNNING.scalars(), WAITING.scalars()
+    running, waiting, for_load = RUNNING.scalars(), WAITING.scalars(), WAITING_FOR_LOAD.scalars()
     models, classes = state.measured.meter.models, state.measured.meter.classes
     for model in models:
         waiting.at(model)
+        for_load.at(model)
     for labels in state.measured.meter.families[meter.TOKENS.name]:
         running.at(*labels)
     for request in state.running.values():
@@ -145,7 +153,22 @@ def _requests(state: State) -> list[Family[Scalar]]:
     for lane, line in state.queue.lines.items():
         # What waits to be adopted stands in one line, without a model.
         waiting.at(models.of(lane.model)).value += line.count
-    return [running, waiting]
+        if lane.model in state.hosts.waits:
+            for_load.at(models.of(lane.model)).value += line.count
+    return [running, waiting, for_load]
+
+
+def _hosts(state: State) -> list[Family[Scalar]]:
+    hosted, budget, used = HOSTED.scalars(), BUDGET.scalars(), USED.scalars()
+    for host in state.hosts.sessions.values():
+        for each in get_args(m.HostedState):
+            hosted.at(host.name, each)
+        for model in host.models.values():
+            hosted.at(host.name, model.state).value += 1
+        for name, memory in host.memory.items():
+            budget.at(host.name, name).value += memory.bytes
+            used.at(host.name, name).value += memory.used
+    return [hosted, budget, used]
 
 
 def _plain(state: State, now_ms: int) -> dict[str, float]:

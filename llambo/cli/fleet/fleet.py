@@ -223,7 +223,7 @@ def rollback(here: Site, node_class: str | None, undo: bool, as_json: bool) -> N
 def drain(here: Site, node: str, undo: bool, as_json: bool) -> None:
     """Give a node no new work; its running requests move to others. It keeps running until the next `apply`.
 
-    `llambo drain` waits until it runs nothing.
+    `llambo drain` waits until it runs nothing. Of a node with several models it holds for those that are loaded.
     """
     found = run(_drain(here, node, undo))
     if as_json:
@@ -332,10 +332,10 @@ def _say_passed_on(pid: int) -> None:
 async def _drain(here: Site, node: str, undo: bool) -> DrainReply:
     manager = here.node_manager(report)
     await manager.providers.refresh()
-    if not any(record.name == node and record.node_class != "broker" for record in manager.providers.records()):
+    found = next((record for record in manager.providers.records() if record.name == node), None)
+    if found is None or found.node_class == "broker":
         raise Failure(f"there is no worker {node!r} in this fleet", "`llambo fleet status` lists them", Exit.ERROR)
-    async with manager.mesh() as client:
-        return await client.drain(node, undo, move=not undo)
+    return await manager.drain(node, undo=undo)
 
 
 async def _orchestrate(here: Site) -> None:

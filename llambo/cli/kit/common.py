@@ -155,9 +155,20 @@ def run(common: Common, work: Coroutine[Any, Any, T]) -> T:
 
 
 def ask(common: Common, question: Callable[[Client], Awaitable[T]]) -> T:
+    """While a task waits, as for its model to be loaded, stderr says for what."""
+
     async def answer() -> T:
+        from llambo.cli.kit.progress import Progress
+        from llambo.mesh.wire.reports import waiting
+
+        progress = Progress()
         async with connected(common) as client:
-            return await question(client)
+            client.on_wait = lambda note: progress.show(waiting(note))
+            try:
+                return await question(client)
+            finally:
+                client.on_wait = None
+                progress.end()
 
     return run(common, answer())
 

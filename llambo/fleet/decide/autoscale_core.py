@@ -20,10 +20,9 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePath
 
 from llambo.fleet.decide.plan import Placement
-from llambo.fleet.model import Fleet, NodeClass, Scaling, World
+from llambo.fleet.model import Fleet, HostedRow, NodeClass, Scaling, World
 from llambo.mesh.wire.naming import class_of, in_class, with_adapter
 from llambo.mesh.wire.reports import RequestRow, WorkerRow
 
@@ -316,10 +315,10 @@ class LoadObserver:
                 ClassLoad(
                     node_class=spec.name,
                     workers=sum(node.counts for node in nodes),
-                    busy=sum(worker.busy_slots for worker in own),
+                    busy=sum(_busy(spec, worker) for worker in own),
                     waiting=len(own_requests) + round(len(others) * share),
                     waited_ms=max((request.age_ms for request in (*own_requests, *others)), default=0),
-                    done=self._done(spec.name, own),
+                    done=self._done(spec.name, [row for worker in own for row in _workers_of(worker, workers)]),
                     room=room.fit(spec, spec.max),
                 )
             )
@@ -336,6 +335,15 @@ class LoadObserver:
         return total
 
 
+def _busy(spec: NodeClass, row: WorkerRow) -> int:
+    """Of a host: as if it had the slots of one model, by the one that uses most of its own."""
+    return math.ceil(row.busiest * spec.slots) if isinstance(row, HostedRow) else row.busy_slots
+
+
+def _workers_of(row: WorkerRow, workers: Mapping[str, WorkerRow]) -> list[WorkerRow]:
+    return [workers[name] for name in row.workers] if isinstance(row, HostedRow) else [row]
+
+
 def promised_models(fleet: Fleet) -> set[str]:
     """Models of classes that may have no workers: one is started when a request asks for the model."""
     return {model for spec in fleet.classes.values() if spec.min == 0 and spec.max for model in _models(spec, [])}
@@ -344,12 +352,10 @@ def promised_models(fleet: Fleet) -> set[str]:
 def _models(spec: NodeClass, workers: list[WorkerRow]) -> set[str]:
     """What the workers report; without workers, what they will report."""
     reported = {model for worker in workers for model in worker.models}
-    settings = spec.settings.get("worker", {})
-    model = PurePath(str(settings.get("model", ""))).name.removesuffix(".gguf")
-    name = model or ("fake" if settings.get("engine") == "fake" else "smollm2")
-    adapters = [part.partition("=")[0].strip() for part in str(settings.get("lora", "")).split(",") if "=" in part]
-    names = [with_adapter(name, adapter) for adapter in ("", *adapters)]
-    return reported or {*names, *(in_class(each, spec.name) for each in names)}
+    lora = str(spec.settings.get("worker", {}).get("lora", ""))
+    adapters = ["", *(part.partition("=")[0].strip() for part in lora.split(",") if "=" in part)]
+    names = [with_adapter(model, adapter) for model in spec.model_names if model for adapter in adapters]
+    return reported or {each for name in names for each in (name, in_class(name, spec.name))}
 
 
 def _share(spec: NodeClass, fleet: Fleet, world: World, workers: Mapping[str, WorkerRow], models: set[str]) -> float:

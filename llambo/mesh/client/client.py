@@ -102,6 +102,8 @@ class Client:
         self._numbers = count(1)
         #: A function of yours, called with the cause when the broker is lost, and with "" when one answers again.
         self.on_link: Callable[[str], None] | None = None
+        #: A function of yours, called with what a task waits for (as `embed`), whenever that changes.
+        self.on_wait: Callable[[str], None] | None = None
         self._lost = ""
 
     # --- connecting --------------------------------------------------------------------------------------------
@@ -434,7 +436,7 @@ class Client:
     ) -> tuple[T, Collector]:
         """Run a task, and return its result, and what knows the model. If the caller is cancelled, so is the task."""
         request = task_request(task, inputs, len(data), options, call)
-        collector = self._waiters.streams[request.id] = Collector()
+        collector = self._waiters.streams[request.id] = Collector(self.on_wait)
         self._handle(e.SubmitAsked(request, data))
         try:
             result = await collector.result

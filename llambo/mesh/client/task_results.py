@@ -11,7 +11,7 @@ import msgspec
 
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tasks
-from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.errors import Code, LlamboError, printable
 from llambo.mesh.wire.tokens import Logprob
 
 T = TypeVar("T")
@@ -72,9 +72,10 @@ class Ranking:
 class Collector:
     """The pieces of the result of a task, and the whole result when it has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_wait: Callable[[str], None] | None = None) -> None:
         self.result: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._pieces: list[bytes] = []
+        self._on_wait = on_wait
         self.model = ""
         #: What is in the result is made up.
         self.fake = False
@@ -87,7 +88,8 @@ class Collector:
         self.model, self.fake = model, fake
 
     def _set_note(self, note: str) -> None:
-        """Nor is why it waits."""
+        if self._on_wait is not None and note:
+            self._on_wait(printable(note))
 
     def _set_end(self, end: m.End) -> None:
         if end.reason == "stop":
