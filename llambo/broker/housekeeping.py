@@ -6,6 +6,7 @@ Requests that have waited `queue_ms` (queue.py finds them) or `hold_ms` end here
 from __future__ import annotations
 
 from llambo.broker import fleet_leases
+from llambo.broker.placement import wishes
 from llambo.broker.records.request import AWAITING_RUN, Lane, Request
 from llambo.broker.records.state import State
 from llambo.broker.report import history
@@ -40,6 +41,8 @@ def sweep(state: State, now_ms: int) -> None:
 
 def _give_up_on_lanes(state: State, now_ms: int) -> None:
     """End requests that no worker can run, if none came in time."""
+    if state.hosts.sessions and (state.hosts.changed or state.queue.turned):
+        wishes.reconsider(state, now_ms)  # until then `waits` does not have what a host is to load
     for lane, line in list(state.queue.lines.items()):
         if lane == AWAITING_RUN or (not lane.fingerprint and state.is_promised(lane.model)):
             continue  # an orchestrator sees that a promised model is asked for, and starts its workers

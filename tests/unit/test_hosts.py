@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from llambo.broker import housekeeping
 from llambo.mesh.wire import limits, reports
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
@@ -229,6 +230,20 @@ def test_a_request_that_has_waited_too_long_learns_for_what() -> None:
     assert end.id == request_id(1)
     assert end.error is not None and end.error.code is Code.QUEUE_TIMEOUT
     assert "last waiting for memory on box: what is loaded there is in use or held" in end.error.text
+
+
+def test_a_request_is_not_given_up_before_it_is_decided_where_its_model_is_loaded() -> None:
+    """Its model has had no worker for longer than a request waits for one, and a sweep comes right after it."""
+    bench = Bench(**NEVER_LOST)
+    host, client = bench.host("box", model("a", size=10), model("b", size=10)), bench.client()
+    bench.pass_time(60_000)
+    host.beat()
+    client.submit(1, model="a")
+    client.submit(2, model="b")
+    assert host.wishes == (["a"], []), "the second decision is not made yet"
+    housekeeping.sweep(bench.state, bench.now_ms)
+    assert request_id(2) in bench.state.requests, "it has ended"
+    assert bench.state.hosts.note("b") == "box is about to load b"
 
 
 def test_a_failed_load_is_tried_at_another_host_first() -> None:

@@ -7,11 +7,13 @@ import os
 import random
 from pathlib import Path
 
+import hypothesis
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llambo.cli.kit.common import asked_model
 from llambo.cli.kit.failure import Exit
 from llambo.mesh.settings import settings
 from llambo.mesh.wire.errors import LlamboError
@@ -91,6 +93,7 @@ def test_a_path_of_a_server_stays_below_its_folder() -> None:
         assert not refs.is_safe_path(path), path
 
 
+@hypothesis.settings(deadline=None)
 @given(
     st.sampled_from(["hf:", "ollama:", "https://", "http://127.0.0.1/", "hf:o/", "ollama:o/r:", "https://hf.co/o/r/"]),
     st.text(st.sampled_from("ab./\\:@#%2e\x1bé-_ ") | st.characters(), max_size=30),
@@ -363,3 +366,23 @@ def test_a_model_that_is_not_here_is_an_error_with_the_command_that_helps(
     assert done.exit_code == Exit.USAGE and "hf:ORG/REPO" in done.stderr
     done = llambo("pull", "hf:o")
     assert done.exit_code == Exit.USAGE, done.stderr
+
+
+def test_up_without_a_model_names_those_that_are_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "missing", lambda library="": "")
+    monkeypatch.setattr(model_files, "packaged", lambda model: None)
+    bare = llambo("up")
+    assert bare.exit_code == Exit.ERROR and "llambo up --model FILE.gguf" in bare.stderr, bare.stderr
+    in_hub(home, "tiny-Q8_0.gguf")
+    done = llambo("up")
+    assert done.exit_code == Exit.ERROR and "llambo up --model hf:o/r/tiny-Q8_0.gguf" in done.stderr, done.stderr
+    assert "FILE.gguf" not in done.stderr and "no model is named" in done.stderr
+
+
+def test_commands_ask_for_a_download_by_the_name_that_it_has_in_the_mesh(home: Path) -> None:
+    """No person types the name that a worker has made of it. A mesh may have it although this machine does not."""
+    in_hub(home, "tiny-Q8_0.gguf")
+    in_ollama(home / "service", "1b", b"GGUF")
+    for name, asked in (("hf:o/r", "tiny-Q8_0"), ("hf:o/r:q8_0", "tiny-Q8_0"), ("ollama:tiny:1b", "tiny:1b"),
+                        ("hf:o/none", "hf:o/none"), ("small", "small"), ("", "")):  # fmt: skip
+        assert asked_model(name) == asked

@@ -247,3 +247,18 @@ def test_a_suspect_that_outlives_its_broker_stays_one() -> None:
     # When its engine dies as well, then it is the second one
     worker.send(m.EngineLost([request_id(1) + work.dispatch], "SIGSEGV", [2]))
     assert [end.reason for end in client.ends] == ["error"]
+
+
+def test_a_suspect_that_is_adopted_does_not_hide_the_one_that_was_given() -> None:
+    # Given a worker that was given one of two suspects, and runs a third one of a broker that is gone
+    bench, (one, two), client = mesh(2, 2)
+    die(one, 1, 2)
+    (tried,) = runs(bench, two)
+    work = m.Dispatch(request_id(9), b"\0\0\0\2dead", 1, "m", 10, 1, prompt_bytes=5, suspect=2)
+    two.send(m.Orphan(work, True), blob=b"hello" + msgpack.packb([]))
+    client.send(m.InferenceRequest(request_id(9), "m", 10, resume=True), blob=b"hello")
+    assert runs(bench, two) == [tried, 9]
+    # When the adopted one is cleared, then the other one is still there, and the second is not given to it
+    two.publish(tokens.encode_chunk(request_id(9) + work.dispatch, 0, [7] * 3, [b"x"] * 3))
+    assert bench.state.requests[request_id(9)].suspicion.token == -1
+    assert runs(bench, two) == [tried, 9]

@@ -135,7 +135,7 @@ class WorkerEntry:
         "session",
         "speed",
         "state",
-        "suspect",
+        "suspects",
         "turn",
         "yields",
     )
@@ -154,8 +154,8 @@ class WorkerEntry:
         self.claims: dict[bytes, int] = {}
         #: Those of them that it ran already: they may be more than it has slots, if they have ended.
         self.adopted: set[bytes] = set()
-        #: The last suspect it was given, with its key: one at a time.
-        self.suspect: tuple[bytes, Request] | None = None
+        #: By dispatch key: the suspect that it was given, and those of another broker that it ran already.
+        self.suspects: dict[bytes, Request] = {}
         #: It refused something: nothing more until its next heartbeat.
         self.refusing = False
         #: Another model is to have its memory: it refuses from one heartbeat to the next (placement/wishes.py).
@@ -189,7 +189,10 @@ class WorkerEntry:
         """It has a suspect that is not cleared. A cancelled one counts until its slot is free."""
         if self.last.wary:
             return True
-        return self.suspect is not None and self.suspect[0] in self.claims and self.suspect[1].suspicion.token >= 0
+        return any(key in self.claims and request.suspicion.token >= 0 for key, request in self.suspects.items())
+
+    def add_suspect(self, key: bytes, request: Request) -> None:
+        self.suspects = {each: other for each, other in self.suspects.items() if each in self.claims} | {key: request}
 
     @property
     def tokens_up(self) -> bool:

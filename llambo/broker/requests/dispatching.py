@@ -91,7 +91,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     worker.claims[run.key] = worker.beats.seq
     suspect = request.suspicion.token if request.suspicion.token >= 0 else None
     if suspect is not None:
-        worker.suspect = run.key, request
+        worker.add_suspect(run.key, request)
     state.pools.refresh(worker)
     state.counters.requests.dispatched += 1
     state.measured.meter.dispatched(request, worker.hello.node_class, now_ms)

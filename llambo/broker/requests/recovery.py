@@ -256,7 +256,7 @@ def _adopt(state: State, request: Request, orphan: OrphanRun, now_ms: int) -> No
         suspicion.token, suspicion.text = work.suspect, "one before its broker was gone"
     if suspicion.token >= 0:
         request.watched = True
-        worker.suspect = key, request
+        worker.add_suspect(key, request)
     state.pools.refresh(worker)
     state.counters.requests.adopted += 1
     _stop_others(state, request, key)

@@ -23,7 +23,7 @@ from llambo.cli.chat.store import SavedChat, Store, Turn, matches, one_line
 from llambo.cli.commands.send import read_stdin
 from llambo.cli.kit.answer_views import StdoutWriter, statistics_line
 from llambo.cli.kit.command import Command, silence_stdout
-from llambo.cli.kit.common import Common, connect, state_folder
+from llambo.cli.kit.common import Common, asked_model, connect, state_folder
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Seed, client_options, json_option, setting_option, settings_options
 from llambo.cli.kit.follow import on_end_signals, report_link
@@ -220,7 +220,7 @@ def _saved_chat(common: Common, store: Store, saves: bool, flags: ChatFlags) -> 
         saved = SavedChat(_generated_name(store), created=now_s, used=now_s, unnamed=True)
         if saves:
             store.lock(saved.name)
-    model = settings.text("client_model")
+    model = asked_model(settings.text("client_model"))
     if model and (not saved.model or "client_model" in common.flags):
         changes["model"] = model
     if flags.lora:

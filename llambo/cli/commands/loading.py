@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, ask
+from llambo.cli.kit.common import Common, ask, asked_model
 from llambo.cli.kit.flags import Duration, client_options, json_option
 from llambo.cli.kit.progress import Progress
 from llambo.cli.kit.tables import duration, show_json
@@ -49,7 +49,7 @@ def load(common: Common, name: str, host: str, pin: bool, ttl: int, no_wait: boo
     If it cannot be loaded the reason is shown, and it is not tried again for this command. A Ctrl-C ends the waiting
     only.
     """
-    progress = Progress(hidden=as_json)
+    progress, name = Progress(hidden=as_json), asked_model(name)
 
     async def work(client: Client) -> HoldReply:
         if no_wait:
@@ -90,7 +90,7 @@ def unload(common: Common, name: str, host: str, no_wait: bool, as_json: bool) -
     It is unloaded when nothing runs on it any more. A request that names it loads it again. A model that is given back
     stays in memory until another one needs that.
     """
-    progress = Progress(hidden=as_json)
+    progress, name = Progress(hidden=as_json), asked_model(name)
 
     async def work(client: Client) -> HoldReply:
         before = await row_of(client, name)

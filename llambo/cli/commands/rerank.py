@@ -9,7 +9,7 @@ import click
 
 from llambo.cli.commands.send import read_stdin
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, ask
+from llambo.cli.kit.common import Common, ask, asked_model
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.tables import number, show_json, table
 from llambo.mesh.client.task_results import Ranking
@@ -46,7 +46,7 @@ def rerank(
     left out. The model has to be one that reranks; `llambo models` shows which are.
     """
     texts = _documents(documents, files)
-    model = common.settings.text("client_model") or None
+    model = asked_model(common.settings.text("client_model")) or None
     found = ask(common, lambda client: client.rerank(query, texts, top_n=top, raw=raw, model=model))
     if as_json:
         show_json(_map_of(found))

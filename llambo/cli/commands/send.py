@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common
+from llambo.cli.kit.common import Common, asked_model
 from llambo.cli.kit.flags import Duration, Function, Seed, StopText, client_options, json_option, settings_options
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -138,7 +138,7 @@ def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options
     settings = common.settings
     if chosen["raw"] and chosen["system"]:
         raise click.UsageError("--raw leaves no place for --system")
-    model = settings.text("client_model")
+    model = asked_model(settings.text("client_model"))
     return {
         "model": f"{model}{MARK}{chosen['node_class']}" if chosen["node_class"] else model or None,
         "lora": chosen["lora"],

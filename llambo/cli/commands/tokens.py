@@ -10,7 +10,7 @@ import click
 
 from llambo.cli.commands.send import prompt_of
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, ask
+from llambo.cli.kit.common import Common, ask, asked_model
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.std_streams import print_output
 from llambo.cli.kit.tables import number, show_json, table
@@ -49,7 +49,7 @@ def tokens(
     """
     if back and (count or chat):
         raise click.UsageError("--back leaves nothing to count, and no place for a template")
-    model = common.settings.text("client_model") or None
+    model = asked_model(common.settings.text("client_model")) or None
     if back:
         ids = _ids(prompt_of(text))
         found = ask(common, lambda client: client.detokenize(ids, special=special, model=model))
@@ -105,7 +105,7 @@ def embed(
     else:
         whole = prompt_of(text)
         texts = whole.splitlines() if lines else [whole]
-    model = common.settings.text("client_model") or None
+    model = asked_model(common.settings.text("client_model")) or None
     found = ask(
         common,
         lambda client: client.embed(texts, pooling=pooling or "", dimensions=dimensions, model=model),  # type: ignore[arg-type]

