@@ -80,16 +80,16 @@ async def prove(client: Client, name: str) -> str:
                 return "" if any(host.host == name for host in hosts) else "it has left the mesh"
             if any(there.state == "ready" for _, there in found):
                 return ""
+            failed = {model: there.note for model, there in found if there.state == "failed"}
+            if tried in failed:
+                return f"{tried}: {failed[tried]}"
             able = [(there.bytes, model) for model, there in found if there.state in ("stored", *LOADED)]
             if not able:
-                return "; ".join(sorted({f"{model}: {there.note}" for model, there in found})[:3])
+                return "; ".join(f"{model}: {note}" for model, note in sorted(failed.items()) if not class_of(model))
             if not tried:
                 # By its plain name: the other one is that of the same model.
                 tried = min(able, key=lambda each: (bool(class_of(each[1])), *each))[1]
                 await client.hold_model(tried, host=name, holder=HOLDER, ttl_ms=HOLD_MS)
-            failed = next((there.note for model, there in found if model == tried and there.state == "failed"), "")
-            if failed:
-                return f"{tried}: {failed}"
             if time.monotonic() - began > LOAD_S:
                 loads = any(there.state == "loading" for model, there in found if model == tried)
                 return "" if loads else f"{tried} is not loaded there, although it is held"

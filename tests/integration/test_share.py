@@ -33,8 +33,8 @@ def hub() -> Iterator[Hub]:
 class Site:
     """A mesh with keys, and hosts that each have a home of their own."""
 
-    def __init__(self, mesh: Mesh, hub: Hub, folder: Path, keys: Folder) -> None:
-        self.mesh, self.hub, self.folder, self.keys = mesh, hub, folder, keys
+    def __init__(self, mesh: Mesh, hub: Hub, folder: Path, sha: str = SHA256) -> None:
+        self.mesh, self.hub, self.folder, self.sha = mesh, hub, folder, sha
         self.hosts: dict[str, Process] = {}
 
     def start(self, name: str, fault: str = "", *words: str) -> Process:
@@ -52,7 +52,7 @@ class Site:
             process.line("is ready")
 
     def blob(self, name: str) -> Path:
-        return self.folder / name / "hub" / "models--org--big-GGUF" / "blobs" / SHA256
+        return self.folder / name / "hub" / "models--org--big-GGUF" / "blobs" / self.sha
 
     def has_it(self, name: str) -> bool:
         blob = self.blob(name)
@@ -72,20 +72,26 @@ class Site:
 
 
 @pytest.fixture
-def site(hub: Hub, tmp_path: Path) -> Iterator[Site]:
-    keys = key_folder(tmp_path)
+def keys(tmp_path: Path) -> Folder:
+    return key_folder(tmp_path / "keys")
+
+
+@pytest.fixture
+def site(hub: Hub, tmp_path: Path, keys: Folder) -> Iterator[Site]:
     with Mesh(0, keys=keys, broker="process") as mesh:
-        yield Site(mesh, hub, tmp_path, keys)
+        yield Site(mesh, hub, tmp_path)
 
 
-def test_one_downloads_it_and_the_rest_get_it_from_each_other_whatever_goes_wrong(site: Site, hub: Hub) -> None:
+def test_one_downloads_it_and_the_rest_get_it_from_each_other_whatever_goes_wrong(
+    site: Site, hub: Hub, keys: Folder
+) -> None:
     """The one that downloads is killed in the middle, another one gives wrong bytes, and one is slow."""
     # Given five hosts, and a source that is not faster than they are
     for name, fault in (("h1", ""), ("h2", ""), ("h3", ""), ("a-liar", "corrupt"), ("b-slow", "0.5")):
         site.start(name, fault)
     site.ready()
     hub.after_block = lambda: time.sleep(0.005)
-    admin = key_of(site.keys, "ops", "admin")
+    admin = key_of(keys, "ops", "admin")
 
     with SyncClient(site.mesh.address, key=admin) as client:
         # When an admin wants all of them to have it

@@ -174,6 +174,21 @@ GUARDS: dict[str, Guard] = {
 }
 
 
+_FETCH, _GRANTS = "llambo.worker.share.fetch_core", "llambo.worker.share.grants"
+#: Those of files between hosts: tests/sim/files_world.py.
+FILE_GUARDS: dict[str, Guard] = {
+    "a chunk that is not checked is never written": Guard(
+        _FETCH, "keep = sum == self._expected(number) and number in", "keep = number in"
+    ),
+    "a wrong file is begun anew without those who vouched": Guard(
+        _FETCH, "self.dropped |= liars or", "self.vouchers and"
+    ),
+    "what is lost is asked for again": Guard(_FETCH, "if now_ms - at >= LOST_MS]", "if False]"),
+    "no grant, no byte: the key": Guard(_GRANTS, "ticket) and each.key == key", "ticket)"),
+    "no grant, no byte: the ticket": Guard(_GRANTS, "hmac.compare_digest(each.ticket, ticket)", "True"),
+}
+
+
 class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
@@ -194,6 +209,6 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install(name: str) -> None:
-    guard = GUARDS[name]
+    guard = (GUARDS | FILE_GUARDS)[name]
     assert guard.module not in sys.modules, "too late: the module has been imported"
     sys.meta_path.insert(0, _Changed(guard))

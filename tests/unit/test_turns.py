@@ -101,6 +101,22 @@ def test_who_has_enough_at_work_is_passed_over_and_comes_back_in_its_turn() -> N
     assert room.serve_names(3) == "bab"
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_those_that_may_have_more_at_the_same_time_keep_their_order(order: str) -> None:
+    # Given two that are held back, of which the one that was served last is behind the other
+    room = Room(a=1, b=1)
+    room.put("a", 3)
+    room.put("b", 3)
+    assert room.serve_names(3) == "ab-"
+    # When their limits are raised, in any order
+    for name in order:
+        room.accounts[name].max_in_flight = 9
+        room.room.eased[name] = room.accounts[name]
+    room.room.readmit()
+    # Then none has two turns before the other has one
+    assert room.serve_names(4) == "abab"
+
+
 def test_none_is_dispatched_when_all_are_at_their_running_limit() -> None:
     room = Room(a=1, b=1)
     room.put("a", 5)

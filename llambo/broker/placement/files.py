@@ -192,7 +192,7 @@ def _decide(
     state: State, pull: Pull, orders: dict[str, list[m.FileOrder]], grants: dict[str, list[m.FileGrant]]
 ) -> None:
     wanting, whole = _wanting(state, pull), _whole(state, pull)
-    partial = [host for host in wanting if host.hello.share and _file(host, pull).bytes]
+    partial = [host for host in wanting if host.hello.share and (_file(host, pull).bytes or host.name == pull.outside)]
     partial.sort(key=lambda host: (host.name != pull.outside, host.name))
     for number, host in enumerate(wanting):
         sources: list[m.FileSource] = []

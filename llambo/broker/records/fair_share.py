@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -101,14 +101,17 @@ class Circle:
         elif served and len(self._open) > 1 and owner in self._open:
             self._open.move_to_end(owner)
 
-    def readmit(self, owner: str) -> bool:
-        """One of its requests is done, or it may have more. False: it was not held back."""
-        share = self._held.pop(owner, None)
-        if share is None:
-            return False
-        self._open[owner] = share
-        self._sums = None
-        return True
+    def readmit(self, owners: Set[str]) -> bool:
+        """One of their requests is done, or they may have more. They keep the order in which they were held back.
+
+        False: none of them was.
+        """
+        held = owners & self._held.keys()
+        back = [owner for owner in self._held if owner in held] if len(held) > 1 else list(held)
+        for owner in back:
+            self._open[owner] = self._held.pop(owner)
+            self._sums = None
+        return bool(back)
 
     def before(self, request: Request) -> int:
         """About how many of this class: all others have a turn for each of its own identity up to this one."""

@@ -14,7 +14,7 @@ A line is found by the request's lane, so nothing that the lane follows from may
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from llambo.broker.records.accounts import Account
 from llambo.broker.records.fair_share import Circle, Share
@@ -72,8 +72,8 @@ class Line:
             self._now = circle.turn
             circle.turn += 1.0 / WEIGHTS[request.asked.priority]
 
-    def readmit(self, owner: str) -> bool:
-        return sum(circle.readmit(owner) for circle in self._circles.values()) > 0
+    def readmit(self, owners: Set[str]) -> bool:
+        return sum(circle.readmit(owners) for circle in self._circles.values()) > 0
 
     def ahead(self, request: Request) -> int:
         share = request.place.share
@@ -146,12 +146,9 @@ class RequestQueue:
 
     def readmit(self) -> list[Lane]:
         """The lanes in which requests were held back that may be dispatched now, since their identity may have more."""
-        lanes: list[Lane] = []
-        while self.eased:
-            name, account = self.eased.popitem()
-            if not account.full:
-                lanes += [lane for lane, line in self.lines.items() if line.readmit(name)]
-        return lanes
+        owners = {name for name, account in self.eased.items() if not account.full}
+        self.eased.clear()
+        return [lane for lane, line in self.lines.items() if line.readmit(owners)] if owners else []
 
     def ahead(self, request: Request) -> int:
         """About how many are served before this one, as things stand now."""

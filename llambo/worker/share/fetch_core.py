@@ -9,7 +9,8 @@ that arrive early wait in memory, at most `WINDOW` of them.
     credits   A host is asked for so many chunks at a time, and for one if it is much slower than another.
     slow      What takes another host twice as long as this one needs is asked of this one too.
     liars     A host whose bytes are not what it has stated is asked for nothing more of this file. If the whole file is
-              wrong, those whose statements counted are not asked again, and the file begins anew.
+              wrong, it begins anew without those that state just that file. If its chunks are those of several, without
+              all of these but the first one, whose statements will then count.
 
 The bytes stay in the shell, which computes the sha256 of what has arrived; a chunk is kept only if this is the one
 that counts.
@@ -87,6 +88,8 @@ class FetchCore:
         self.dropped = set(dropped)
         #: Those whose statements have counted.
         self.vouchers: set[str] = set()
+        #: Of the chunks that this core has written.
+        self._sums: dict[int, bytes] = {}
         #: Chunks that have arrived and are not written, and the sha256 of each.
         self.early: dict[int, bytes] = {}
         #: When another host had the chunk that is missing next.
@@ -100,6 +103,11 @@ class FetchCore:
     def is_stuck(self, now_ms: int) -> bool:
         """No host has had more than this one for a while: there is none, or they have sent wrong bytes."""
         return not self.done and now_ms - self._hope_at >= STUCK_MS
+
+    def go_on_from(self, before: FetchCore) -> None:
+        """It has written some of this file, and then others have."""
+        self.vouchers |= before.vouchers
+        self._sums |= before._sums
 
     # --- what has happened; each returns what is to be done ---
 
@@ -147,11 +155,15 @@ class FetchCore:
         return self._settle(now_ms)
 
     def on_wrong_file(self) -> None:
-        """The whole file has another sha256: none of the chunks counts, and no statement that did."""
-        self.dropped |= self.vouchers
-        self.written, self.early, self.vouchers = 0, {}, set()
+        """The whole file has another sha256: none of its chunks counts."""
+        liars = {name for name, each in self.sources.items() if self._states_all(each)}
+        self.dropped |= liars or self.vouchers.difference([*self.sources][:1])
+        self.written, self.early, self.vouchers, self._sums = 0, {}, set(), {}
         for host in self.dropped & self.sources.keys():
             del self.sources[host]
+
+    def _states_all(self, source: _Source) -> bool:
+        return all(source.sums[number : number + 1] == [sum] for number, sum in self._sums.items())
 
     # --- what is to be done ---
 
@@ -187,6 +199,7 @@ class FetchCore:
         return range(self.written, min(self.written + WINDOW, self.chunks))
 
     def _vouch(self, number: int, sum: bytes) -> None:
+        self._sums[number] = sum
         self.vouchers |= {name for name, each in self.sources.items() if each.sums[number : number + 1] == [sum]}
 
     def _ask_for_sums(self, name: str, source: _Source, now_ms: int) -> None:

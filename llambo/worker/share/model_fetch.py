@@ -163,16 +163,16 @@ class ModelFetch:
 
     def _describe(self, ref: refs.Ref) -> pull.Download:
         """By its source, or by the first host that answers."""
-        asked_at = -ASK_MS
+        asked_at: dict[m.FileSource, int] = {}
         while True:
             order = self._look()
             if order.outside:
                 return pull.plan(ref, self)
             self._connect(order)
-            if clock.now_ms() - asked_at >= ASK_MS:
-                asked_at = clock.now_ms()
-                for source in self._hosts:
-                    self._send(source, s.AskModel(source.ticket))
+            for source in self._hosts:
+                recently = clock.now_ms() - asked_at.get(source, -ASK_MS) < ASK_MS
+                if not recently and self._send(source, s.AskModel(source.ticket)):
+                    asked_at[source] = clock.now_ms()
             self._tell("waiting")
             for source, answer, _ in self._answers():
                 if isinstance(answer, s.ModelFiles):
@@ -306,7 +306,8 @@ class _Bring:
         fetch, blob = self._fetch, self._blob
         chunks = -(-blob.size // CHUNK_BYTES)
         core = FetchCore(chunks, clock.now_ms(), part.size // CHUNK_BYTES, fetch._dropped.get(blob.sha256, ()))
-        core.vouchers |= self._core.vouchers if self._core else set()
+        if self._core is not None:
+            core.go_on_from(self._core)
         self._core, self._early = core, {}
         order = None
         while part.size < blob.size:
