@@ -139,6 +139,14 @@ GUARDS: dict[str, Guard] = {
     "no partial result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),
+    "an adapter is part of the fingerprint": Guard(
+        "llambo.mesh.wire.naming", "{PLUS}{sha256[:_ADAPTER_DIGITS]}", "{PLUS}{'0' * _ADAPTER_DIGITS}"
+    ),
+    "without a name no adapter is meant": Guard(
+        "llambo.broker.requests.model_names",
+        "found = [model for model in found if not has_adapter(model, found)]",
+        "pass",
+    ),
     "budget of a host": Guard(_LOADING, "if not wait and fits(needs, free):", "if not wait:", hosts=True),
     "what was measured counts, and no less": Guard(
         _LOADING, "model.measured = {RAM: memory_bytes}", "model.measured = {RAM: memory_bytes // 2}", hosts=True

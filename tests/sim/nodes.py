@@ -18,7 +18,7 @@ from llambo.mesh.client import client_events as c
 from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.client.client_requests import RequestState
 from llambo.mesh.link import link_core as lc
-from llambo.mesh.wire import limits, tokens
+from llambo.mesh.wire import limits, naming, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
 from llambo.worker.agent import events as w
@@ -350,6 +350,9 @@ class WorkerNode(Peer):
         return self.wires[link]
 
     def handle(self, event: Any) -> list[Any]:
+        for message, _ in event.messages if isinstance(event, w.ControlArrived) else ():
+            if isinstance(message, m.Dispatch) and naming.PLUS in message.model:
+                assert self.config.adapters, f"{self.config.name} is to run {message.model}, and has no adapter"
         actions = self.core.handle(event, self.now_ms)
         if not self.core.exited:
             check_worker(self.core)

@@ -53,6 +53,8 @@ NOTICED_BY = {
     "only what was sealed is adopted": 1,
     "a seal is for one worker": 201,
     "no partial result": 46,
+    "an adapter is part of the fingerprint": 69,
+    "without a name no adapter is meant": 19,
     "budget of a host": 2,
     "what was measured counts, and no less": 7,
     "one engine for a model": 0,

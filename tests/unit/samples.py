@@ -37,6 +37,7 @@ ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
 MODELS = [m.ModelInfo("tiny", "f00d", 2_048, "embed")]
 HOSTED = m.HostedModel(
     "tiny", "embed", "failed", 41, {"ram": 2**30}, "box-1-tiny", True, ["alice/x"], 4_000, 3, "out of memory", 5_000,
+    ["pirate"],
 )  # fmt: skip
 TICKET = bytes(range(16))
 HOSTED_FILE = m.HostedFile("hf:org/tiny", "fetching", 2**20, 2**30, 2**19, "checking", 7, ["box-9"])

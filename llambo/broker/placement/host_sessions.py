@@ -21,7 +21,6 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.identity import Identity
-from llambo.mesh.wire.naming import in_class
 from llambo.mesh.wire.timers import NEVER_MS
 
 #: Hosts at a time; more are refused as busy.
@@ -98,10 +97,14 @@ def _take(state: State, host: HostEntry, beat: m.HostHeartbeat, now_ms: int) -> 
         _note_change(state, host, before.get(model.name), model, now_ms)
     for name in before.keys() - host.models.keys():
         host.usage.pop(name, None)
-    if before.keys() != host.models.keys():
+    if _names(before) != _names(host.models):
         index_models(state, now_ms)
         admission.retry_deferred(state, now_ms)
     state.hosts.changed = True
+
+
+def _names(models: Mapping[str, m.HostedModel]) -> dict[str, list[str]]:
+    return {name: model.adapters for name, model in models.items()}
 
 
 def _note_change(
@@ -121,7 +124,7 @@ def _note_change(
         return
     elif model.state == "ready":
         usage.used_at, usage.failed_at, usage.retry_at = now_ms, 0, 0
-        for name in (model.name, in_class(model.name, host.hello.node_class)):
+        for name in host.names_of(model):
             if state.models.unserved_since.get(name):  # the wait for its worker begins now
                 state.models.unserved_since[name] = now_ms
         if was:
@@ -138,9 +141,11 @@ def index_models(state: State, now_ms: int) -> None:
     hosts, known = state.hosts, state.models.unserved_since
     before, hosts.having = hosts.having, {}
     for host in hosts.sessions.values():
-        for model in host.models:
-            for name in (model, in_class(model, host.hello.node_class)):
-                hosts.having.setdefault(name, {})[host.name] = model
+        for model in host.models.values():
+            for name in host.names_of(model):
+                # A file whose own name is that of an adapter goes before it.
+                if name == model.name or host.name not in hosts.having.get(name, {}):
+                    hosts.having.setdefault(name, {})[host.name] = model.name
     state.models.claimed.difference_update(hosts.having)
     for name, places in hosts.having.items():
         known.setdefault(name, max(1, now_ms))

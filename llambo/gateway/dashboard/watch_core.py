@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from llambo.mesh.wire.naming import is_in_class
+from llambo.mesh.wire.naming import is_listed_otherwise
 from llambo.mesh.wire.reports import (
     EndedRow,
     EventRow,
@@ -294,11 +294,11 @@ def _worker(row: WorkerRow, before: WorkerView | None, now_ms: int) -> WorkerVie
 
 
 def _hosted(rows: list[ModelRow], before: Mapping[str, HostedView], now_ms: int) -> dict[str, HostedView]:
-    """A model that is listed again with its class is not another one."""
+    """A model that is listed again with its class or an adapter takes no more memory."""
     names = {row.model for row in rows}
     found = {}
     for row in rows:
-        for there in row.hosts if not is_in_class(row.model, names) else ():
+        for there in row.hosts if not is_listed_otherwise(row.model, names) else ():
             id = f"{row.model} {there.host}"
             found[id] = _at_host(id, row, there, before.get(id), now_ms)
     return found

@@ -240,6 +240,8 @@ class HostedModel(msgspec.Struct, frozen=True, omit_defaults=True):
     note: Annotated[str, Meta(max_length=256)] = ""
     #: The time until a failed model is tried again; 0: when it is asked for.
     retry_ms: Milliseconds = 0
+    #: Names of the adapters that it is served with: it can be asked for as `NAME+ADAPTER` as well.
+    adapters: Annotated[list[Name], Meta(max_length=limits.ADAPTERS)] = []
 
 
 class Memory(msgspec.Struct, frozen=True, omit_defaults=True):
