@@ -7,7 +7,7 @@ from importlib import import_module
 
 NAMES = ("requests", "latency", "tokens", "keys", "overload", "kills", "thousand")
 #: On a real model; `beside` also builds and installs other servers.
-WITH_MODEL = ("engine", "beside", "hops", "newcomer", "turns", "gateway")
+WITH_MODEL = ("adapters", "engine", "beside", "hops", "newcomer", "turns", "gateway")
 
 
 def main(arguments: list[str]) -> int:

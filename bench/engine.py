@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import select
 import time
+from pathlib import Path
 
 from msgspec import convert
 
@@ -41,6 +43,11 @@ class Child:
                 raise SystemExit(f"no further message of the engine: {self._process.reap()[0]}")
             self._messages += messages
         return self._messages.pop(0)
+
+    def processor_s(self) -> float:
+        """What it has used so far."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         self._process.reap()

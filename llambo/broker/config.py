@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: Heartbeats a peer may miss within its lease. With fewer, one delayed packet would end a session.
 LEASE_BEATS = 3
+#: With many sessions each has longer intervals: while nothing runs by so much for each session, with an upper bound.
+IDLE_EACH_MS, IDLE_MS = 10, 5_000
+#: While something runs, one millisecond for so many, up to this part of the lease.
+BUSY_SESSIONS, BUSY_PART = 2, 4
+
+
+class Intervals(NamedTuple):
+    """Intervals of heartbeats: to a worker with runs, from it, and both ways while it has none."""
+
+    ping_ms: int
+    beat_ms: int
+    idle_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,14 @@ class Timing:
     tail_grace_ms: int = 10
     #: What must be acknowledged is sent again after so long.
     resend_ms: int = 500
+    #: How much longer each session makes the interval of workers without runs.
+    idle_each_ms: int = IDLE_EACH_MS
+
+    def pace(self, sessions: int) -> Intervals:
+        busy_ms = min(sessions // BUSY_SESSIONS, self.lease_ms // BUSY_PART)
+        idle_ms = min(sessions * self.idle_each_ms, IDLE_MS)
+        beat_ms = max(self.heartbeat_ms, busy_ms)
+        return Intervals(max(self.ping_ms, busy_ms), beat_ms, max(beat_ms, idle_ms))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, assert_never
 
-from llambo.broker import fleet_leases, housekeeping
+from llambo.broker import fleet_leases, housekeeping, load
 from llambo.broker.access import permissions
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import (
@@ -25,6 +25,7 @@ from llambo.broker.events import (
     Counted,
     Event,
     KeysChanged,
+    PeersDisconnected,
     RouteGone,
     StopAsked,
     Subscribed,
@@ -108,12 +109,15 @@ class BrokerCore:
             case WorkerSaid():
                 self._worker_said(event, now_ms)
             case Tick():
+                load.ticked(state, event, now_ms)
                 self._tick(now_ms)
             case Subscribed(topic):
                 membership.subscribed(state, topic, now_ms)
             case RouteGone(route, to_worker):
                 membership.route_gone(state, route, to_worker, now_ms)
                 host_sessions.route_gone(state, route, now_ms)
+            case PeersDisconnected():
+                membership.find_disconnected(state, now_ms)
             case KeysChanged(identities):
                 membership.keys_changed(state, identities, now_ms)
                 host_sessions.keys_changed(state, identities, now_ms)

@@ -46,6 +46,10 @@ class RouteGone(msgspec.Struct, frozen=True):
     to_worker: bool
 
 
+class PeersDisconnected(msgspec.Struct, frozen=True):
+    """Connections of workers or hosts have ended. Which ones, only the next message to each shows."""
+
+
 class Subscribed(msgspec.Struct, frozen=True):
     """A client's subscription to its session topic was granted."""
 
@@ -75,8 +79,26 @@ class StopAsked(msgspec.Struct, frozen=True):
 class Tick(msgspec.Struct, frozen=True):
     """Time has passed."""
 
+    #: The longest turn of the shell's loop since the last tick.
+    turn_ms: int = 0
+    #: For how long there has been something on the control planes that was not read yet; 0: everything was read.
+    unread_ms: int = 0
+    #: The limit of descriptors, while most of them are in use; else 0.
+    crowded: int = 0
 
-Event = ClientSaid | WorkerSaid | TokensArrived | RouteGone | Subscribed | KeysChanged | Counted | StopAsked | Tick
+
+Event = (
+    ClientSaid
+    | WorkerSaid
+    | TokensArrived
+    | RouteGone
+    | PeersDisconnected
+    | Subscribed
+    | KeysChanged
+    | Counted
+    | StopAsked
+    | Tick
+)
 
 # --- Actions: out of the core. ---
 

@@ -37,6 +37,7 @@ def sweep(state: State, now_ms: int) -> None:
     _forget_models(state, now_ms)
     state.measured.end_rate.measure(state.counters.requests.ended, now_ms)
     history.take(state, now_ms)
+    state.measured.load.begin_second()
 
 
 def _give_up_on_lanes(state: State, now_ms: int) -> None:

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from llambo.broker.events import (
     ClientSaid,
     Counted,
     KeysChanged,
+    PeersDisconnected,
     RouteGone,
     StopAsked,
     Subscribed,
@@ -36,7 +38,7 @@ from llambo.broker.events import (
     ToWorker,
     WorkerSaid,
 )
-from llambo.broker.ports import SubscriptionGrants
+from llambo.broker.ports import Headroom, SubscriptionGrants
 from llambo.broker.records import seals
 from llambo.broker.records.journal import LogLine
 from llambo.broker.records.state import State
@@ -44,7 +46,7 @@ from llambo.broker.report import metrics_page
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service import clock
-from llambo.mesh.service.host import descriptor_limit_reached, process_metrics_page
+from llambo.mesh.service.host import process_metrics_page
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.service.service_manager import Inherited, Notifier
 from llambo.mesh.wire import codec
@@ -67,8 +69,6 @@ MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
 #: For how long goodbyes are sent to peers that are still connected, and how often.
 GOODBYE_MS = 500
 GOODBYE_PAUSE_MS = 20
-#: How often is looked whether a connection can be accepted, and again after a warning.
-DESCRIPTORS_MS, DESCRIPTORS_AGAIN_MS = 1_000, 60_000
 #: The longest the loop sleeps, so that a signal is noticed in any case.
 SLEEP_MS = 1_000
 
@@ -98,6 +98,14 @@ def condition(state: State, *, leaving: bool) -> Condition:
     else:
         status = f"{workers or 'no'} worker{'s' * (workers != 1)}, {running} running, {waiting} waiting"
     return Condition(status, ready=True, leaving=leaving)
+
+
+class _Turns:
+    """The longest turn of the loop since the last tick; since when each control plane has something unread."""
+
+    def __init__(self) -> None:
+        self.longest_ms = 0
+        self.unread_at: dict[Socket, int] = {}
 
 
 class BrokerServer:
@@ -135,7 +143,7 @@ class BrokerServer:
             if self._owns_context:
                 self._context.term()
             raise
-        _, _, self._tokens_in, self._tokens_out = self._sockets
+        self._disconnected = ports.watch_disconnections(self._sockets.workers, self._context)
         tokens_in, tokens_out = self.port + sockets.TOKENS_IN_OFFSET, self.port + sockets.TOKENS_OUT_OFFSET
         marks_key = seals.key_from(self._zap.pair.secret) if self._zap else b""
         config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out, marks_key=marks_key)
@@ -144,13 +152,14 @@ class BrokerServer:
             self.core.handle(KeysChanged(self._zap.identities), clock.now_ms())
         self._grants = SubscriptionGrants(self.core.state.registry.topics)
         self.dropped = 0
-        self._descriptors_at = 0
+        self._headroom = Headroom(self._sockets, token_hwm)
+        self._turns = _Turns()
 
     # --- the loop ------------------------------------------------------------------------------------
 
     def run(self) -> None:
         poller = zmq.Poller()
-        for socket in self._sockets:
+        for socket in (*self._sockets, self._disconnected):
             poller.register(socket, zmq.POLLIN)
         if self._zap:
             poller.register(self._zap.socket, zmq.POLLIN)
@@ -162,7 +171,9 @@ class BrokerServer:
         while not self._stopping:
             wait = min(self._next_wakeup_ms(), self._notifier.next_wakeup_ms()) - clock.now_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
+            begun = clock.now_ms()
             self.turn(readable)
+            self._turns.longest_ms = max(self._turns.longest_ms, clock.now_ms() - begun)
             if clock.now_ms() >= self._notifier.next_wakeup_ms():
                 self._notify_manager()
         self._notify_manager()
@@ -191,23 +202,32 @@ class BrokerServer:
         handle = self.core.handle
         if self._zap:
             self._check_keys(self._zap, readable, now)
-        if self._tokens_in in readable:
+        if self._sockets.tokens_in in readable:
             frames = self._drain_tokens()
             if frames:
                 self._perform(handle(TokensArrived(frames), now))
         actions: list[Action] = []
+        for socket in self._turns.unread_at.keys() - readable.keys():
+            del self._turns.unread_at[socket]
         if self._sockets.workers in readable:
             for route, user, bundle in self._drain_control(self._sockets.workers, codec.from_worker):
                 actions += handle(WorkerSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
         if self._sockets.clients in readable:
             for route, user, bundle in self._drain_control(self._sockets.clients, codec.from_client):
                 actions += handle(ClientSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
-        if self._tokens_out in readable:
+        if self._sockets.tokens_out in readable:
             actions += self._drain_subscriptions(now)
+        if self._disconnected in readable:
+            _discard(self._disconnected)
+            actions += handle(PeersDisconnected(), now)
         if now >= self.core.next_wakeup_ms():
+            state = self.core.state
+            self._headroom.look(len(state.registry.workers), len(state.registry.clients), now)
             self._count(now)
-            self._check_descriptors(now)
-            actions += handle(Tick(), now)
+            # (What lies unread is older than `now` only if the turn before this one has left it.)
+            unread_ms = now - min(self._turns.unread_at.values(), default=now)
+            actions += handle(Tick(self._turns.longest_ms, unread_ms, self._headroom.crowded), now)
+            self._turns.longest_ms = 0
         self._perform(actions)
         while self.core.state.journal.log:
             self._log(self.core.state.journal.log.popleft())
@@ -222,16 +242,6 @@ class BrokerServer:
         counted = Counted(self.dropped, self._zap.refused if self._zap else 0, self._grants.refused)
         if counted != self.core.state.measured.shell:
             self._perform(self.core.handle(counted, now))
-
-    def _check_descriptors(self, now: int) -> None:
-        """libzmq is silent about connections that it cannot accept, and tries again and again."""
-        if now < self._descriptors_at:
-            return
-        self._descriptors_at = now + DESCRIPTORS_MS
-        limit = descriptor_limit_reached()
-        if limit:
-            self._descriptors_at = now + DESCRIPTORS_AGAIN_MS
-            log.warning("all %d descriptors are in use: no new peer is admitted; raise the limit (ulimit -Hn)", limit)
 
     def _log(self, line: LogLine) -> None:
         about = {"worker": line.worker, "request": line.request.hex()}
@@ -253,7 +263,8 @@ class BrokerServer:
         self._stopping = True
 
     def close(self) -> None:
-        for socket in self._sockets:
+        self._sockets.workers.disable_monitor()
+        for socket in (*self._sockets, self._disconnected):
             socket.close(linger=sockets.LINGER_MS)
         if self._zap:
             self._zap.close()
@@ -266,7 +277,7 @@ class BrokerServer:
 
     def _drain_tokens(self) -> list[bytes]:
         frames: list[bytes] = []
-        receive, keep = self._tokens_in.recv, frames.append
+        receive, keep = self._sockets.tokens_in.recv, frames.append
         try:
             for _ in range(DRAIN_TOKENS):
                 keep(receive(zmq.DONTWAIT))
@@ -282,19 +293,21 @@ class BrokerServer:
         until = clock.now_ms() + DRAIN_MS
         for _ in range(DRAIN_MESSAGES):
             if clock.now_ms() > until:
-                return
+                break
             try:
                 parts = receive(socket)
             except zmq.Again:
+                self._turns.unread_at.pop(socket, None)
                 return
             if proved:
                 user = key_of(parts[0])
             yield parts[0].bytes, user, decode([part.bytes for part in parts[1:]])
+        self._turns.unread_at.setdefault(socket, clock.now_ms())
 
     def _drain_subscriptions(self, now: int) -> list[Action]:
         """A grant goes to the sender of the event read last, so it is given before the next one is read."""
         actions: list[Action] = []
-        socket = self._tokens_out
+        socket = self._sockets.tokens_out
         for _ in range(DRAIN_MESSAGES):
             try:
                 part = socket.recv(zmq.DONTWAIT, copy=False)
@@ -336,7 +349,7 @@ class BrokerServer:
         return gone + [RouteGone(route, False) for route in self._send(self._sockets.clients, clients)]
 
     def _publish(self, frames: list[bytes]) -> None:
-        send = self._tokens_out.send
+        send = self._sockets.tokens_out.send
         for frame in frames:
             try:
                 send(frame, zmq.DONTWAIT)
@@ -361,6 +374,13 @@ class BrokerServer:
                         raise
                     gone.append(route)
         return gone
+
+
+def _discard(socket: Socket) -> None:
+    """All that is there. Each event has two frames."""
+    with suppress(zmq.Again):
+        while True:
+            socket.recv(zmq.DONTWAIT)
 
 
 def run_broker(

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from bench import tiny_model
+from bench import lora, tiny_model
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.config import Adapter, LlamaOptions
@@ -19,7 +19,6 @@ from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Progress, Star
 from llambo.worker.llama.llama_engine import LlamaEngine
 from llambo.worker.llama.loading import load
 from llambo.worker.models import model_files
-from tests import lora
 from tests.integration.test_llama_engine import Generated, ask, check_empty, load_generating, run
 
 OPTIONS = LlamaOptions(slots=6, context=512, threads=1, batch=128)

@@ -12,11 +12,13 @@ from typing import Any
 
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.naming import PLUS
 from llambo.mesh.wire.tokens import Logprob
 from llambo.worker.config import FakeOptions
 from llambo.worker.engine.fake import POISON_INDEX
 from llambo.worker.engine.fake_model import (
     START,
+    adapted,
     answer_length,
     base_of,
     logprob_of,
@@ -30,6 +32,8 @@ from llambo.worker.engine.protocol import Start
 
 #: Whatever has this in its prompt kills the engine that makes its sixth token.
 POISON = b", with arsenic"
+#: The name of an adapter, and the files that workers have under it; empty: none.
+ADAPTER, ADAPTER_FILES = "a", ("v1", "v2", "")
 #: Which broker, and which of its lives.
 Life = tuple[int, int]
 #: So many engines it may cost.
@@ -304,12 +308,22 @@ class History:
         return error.code is Code.BUSY
 
     def _first_wrong(self, wanted: Wanted, id: bytes, ids: list[int]) -> int | None:
-        """The index of the first token that no recorded dispatch can have said there."""
+        """The index of the first token that no recorded dispatch can have said there.
+
+        Of a request for an adapter all tokens are of one file, wherever it ran.
+        """
+        prompts = [wanted.prompt]
+        if PLUS in wanted.message.model:
+            prompts = [adapted(wanted.prompt, path) for path in ADAPTER_FILES if path]
+        wrong = [self._first_wrong_of(wanted, id, ids, prompt) for prompt in prompts]
+        return None if None in wrong else max(at for at in wrong if at is not None)
+
+    def _first_wrong_of(self, wanted: Wanted, id: bytes, ids: list[int], prompt: bytes) -> int | None:
         if self.style == "plain":
-            base = plain_base(wanted.message.seed or 0, wanted.prompt)
+            base = plain_base(wanted.message.seed or 0, prompt)
             return next((i for i, token in enumerate(ids) if token != plain_next(base, i)), None)
         made = self.dispatches.get(id, [])
-        bases = [base_of(dispatch.dispatch, wanted.prompt) for dispatch in made]
+        bases = [base_of(dispatch.dispatch, prompt) for dispatch in made]
         current, previous = 0, START
         for index, token in enumerate(ids):
             before = current

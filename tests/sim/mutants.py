@@ -64,7 +64,12 @@ GUARDS: dict[str, Guard] = {
         _MEMBERSHIP, "            if client.backlog.receipt:\n", "            if False:\n"
     ),
     "receipt counts": Guard("llambo.broker.records.backlog", "self.bytes -= self._asked_bytes", "pass"),
-    "lease": Guard(_MEMBERSHIP, "if silent_ms >= timing.lease_ms:", "if False:"),
+    "lease": Guard(
+        _MEMBERSHIP, "if silent_ms >= timing.lease_ms and _lease_is_out(state, worker, now_ms):", "if False:"
+    ),
+    "a worker with runs has a short lease": Guard(
+        _MEMBERSHIP, "if worker.hello.paced and not worker.claims:", "if worker.hello.paced:"
+    ),
     "dedup of submits": Guard(
         "llambo.broker.requests.admission",
         "known = asked.id in state.requests or asked.id in state.archive.ended",
@@ -133,6 +138,14 @@ GUARDS: dict[str, Guard] = {
     "a seal is for one worker": Guard("llambo.broker.records.seals", "+ time + worker.encode()", "+ time"),
     "no partial result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
+    ),
+    "an adapter is part of the fingerprint": Guard(
+        "llambo.mesh.wire.naming", "{PLUS}{sha256[:_ADAPTER_DIGITS]}", "{PLUS}{'0' * _ADAPTER_DIGITS}"
+    ),
+    "without a name no adapter is meant": Guard(
+        "llambo.broker.requests.model_names",
+        "found = [model for model in found if not has_adapter(model, found)]",
+        "pass",
     ),
     "budget of a host": Guard(_LOADING, "if not wait and fits(needs, free):", "if not wait:", hosts=True),
     "what was measured counts, and no less": Guard(

@@ -35,6 +35,8 @@ class Hub:
         self.wires: list[Wire] = []
         self.to_broker: Callable[[Wire, bytes, Bundle], None] = lambda wire, route, bundle: None
         self.tokens_to_broker: Callable[[bytes], None] = lambda frame: None
+        #: The connection of a worker has ended in a way that the broker's socket notices.
+        self.disconnected: Callable[[], None] = lambda: None
 
 
 class Wire:
@@ -80,7 +82,7 @@ class Wire:
         self._held = []
         self.token_epoch += 1
         self.open = self.tokens_open = False
-        self.hub.routes.pop(self.route, None)
+        self._leave_route()
 
     def say(self, bundle: Bundle) -> None:
         """Peer to broker on control, in order."""
@@ -117,7 +119,7 @@ class Wire:
         """The connection breaks, and both ends see it. What was in flight is lost."""
         self.epoch += 1
         self._held = []
-        self.hub.routes.pop(self.route, None)
+        self._leave_route()
         if comes_back:
             epoch = self.epoch
             self._see(ConnectionChange.LOST)
@@ -142,6 +144,10 @@ class Wire:
         epoch = self.epoch
         if self.open and not self.partitioned and self.network.random.random() < 0.9:
             self.network.clock.after(1, lambda: self.on_sign(sign) if self.open and self.epoch == epoch else None)
+
+    def _leave_route(self) -> None:
+        if self.hub.routes.pop(self.route, None) is not None and self.to_worker and not self.partitioned:
+            self.hub.disconnected()
 
     def _new_route(self) -> None:
         if self.hub.down:

@@ -18,7 +18,7 @@ from llambo.mesh.client import client_events as c
 from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.client.client_requests import RequestState
 from llambo.mesh.link import link_core as lc
-from llambo.mesh.wire import limits, tokens
+from llambo.mesh.wire import limits, naming, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
 from llambo.worker.agent import events as w
@@ -127,6 +127,7 @@ class BrokerNode(Node):
         self._events = 0
         hub.to_broker = self._control
         hub.tokens_to_broker = lambda frame: self.happen(b.TokensArrived([frame]))
+        hub.disconnected = lambda: clock.after(1, lambda: self.happen(b.PeersDisconnected()))
 
     def _new_core(self) -> BrokerCore:
         core = BrokerCore(self._config, self._random.randbytes)
@@ -183,6 +184,8 @@ class BrokerNode(Node):
         ended = self.core.state.counters.requests.ended
         actions = self.core.handle(event, self.now_ms)
         self._check_ends(actions, self.core.state.counters.requests.ended - ended)
+        if isinstance(event, b.Tick):
+            self._check_leases()
         self._events += 1
         if self._events % self.check_every == 0:
             check(self.core)
@@ -201,6 +204,15 @@ class BrokerNode(Node):
         for id in islice(reversed(state.archive.ended), count):
             missing = [session for session in state.archive.ended[id].owed if (session, id) not in sent]
             assert not any(session in state.registry.clients for session in missing), "an END was not sent"
+
+    def _check_leases(self) -> None:
+        """However rare the heartbeats of idle workers are, one that has requests is lost soon after it fell silent."""
+        timing = self.core.state.config.timing
+        for worker in self.core.state.registry.workers.values():
+            silent_ms = self.now_ms - max(worker.link.heard_at, worker.link.busy_at)
+            noticed = worker.claims and worker.link.busy_at  # (what it got since the last round does not count yet)
+            late = noticed and silent_ms >= timing.lease_ms + 2 * timing.ping_ms
+            assert not late, f"{worker.name} has requests and is silent for {silent_ms} ms"
 
     def perform(self, actions: list[Any]) -> None:
         bundles: dict[tuple[bytes, bytes, bool], list[tuple[Any, bytes]]] = {}
@@ -338,6 +350,9 @@ class WorkerNode(Peer):
         return self.wires[link]
 
     def handle(self, event: Any) -> list[Any]:
+        for message, _ in event.messages if isinstance(event, w.ControlArrived) else ():
+            if isinstance(message, m.Dispatch) and naming.PLUS in message.model:
+                assert self.config.adapters, f"{self.config.name} is to run {message.model}, and has no adapter"
         actions = self.core.handle(event, self.now_ms)
         if not self.core.exited:
             check_worker(self.core)

@@ -10,10 +10,11 @@ import msgspec
 from llambo.broker.config import Bounds, BrokerConfig
 from llambo.mesh.client import client_events as c
 from llambo.mesh.wire import messages as m
-from llambo.worker.config import FakeFaults, FakeOptions, WorkerConfig
+from llambo.mesh.wire.naming import with_adapter
+from llambo.worker.config import Adapter, FakeFaults, FakeOptions, WorkerConfig
 from tests.sim import faults
 from tests.sim.clock import Clock
-from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
+from tests.sim.history import ADAPTER, ADAPTER_FILES, EMBEDDING_SIZE, POISON, History, Wanted
 from tests.sim.hostile import HostileWorker
 from tests.sim.keys import Keys
 from tests.sim.network import Hub, Network, Wire
@@ -66,6 +67,8 @@ class World:
             startup_grace_ms=60_000 if self.plan.brokers == 1 else 20_000,
             client_lease_ms=4_000 if self.plan.brokers == 1 else 6_000 if self._comes_back_early else 2_500,
             lease_ms=1_500,
+            # As with many more peers than a world has: those without runs send and get heartbeats seldom.
+            idle_each_ms=400 if seed % 3 == 1 else 0,
             queue_requests=self.plan.queue,
             marks_key=self.keys.marks,
             backlog_bytes=SMALL_BACKLOG_BYTES if seed % 4 == 3 else Bounds().backlog_bytes,
@@ -128,6 +131,7 @@ class World:
             burst=plan.burst,
             answer_tokens=self.answer_tokens,
             embedding_size=EMBEDDING_SIZE,
+            adapters=self._adapters(index),
             faults=FakeFaults(
                 poison=POISON.decode(),
                 crash_at=random.randint(20, 200) if plan.engine_crashes and index == 0 else 0,
@@ -137,6 +141,16 @@ class World:
         brokers = tuple(f"tcp://b{number}:7330" for number in range(plan.brokers))
         config = WorkerConfig(brokers, f"w{index}", fake=fake, stall_ms=1_000, drain_ms=1_000)
         return self._start_worker(config)
+
+    @property
+    def adapted(self) -> bool:
+        """Workers have adapters of one name, and some requests ask for it."""
+        return self.seed % 10 == 9 and not self.come_and_go
+
+    def _adapters(self, index: int) -> tuple[Adapter, ...]:
+        """Every third has another file, and every third none."""
+        path = ADAPTER_FILES[index % len(ADAPTER_FILES)]
+        return (Adapter(ADAPTER, path),) if self.adapted and path else ()
 
     @property
     def restarts(self) -> bool:
@@ -151,8 +165,9 @@ class World:
         node = WorkerNode(self.clock, self._skew(), config, self.random, wires, self.history)
         # Mostly there at once, as after a restart of the agent alone; a large model takes longer than any lease.
         node.load_ms = self.random.choice((20, 20, 300, 2_500))
-        if config.name == "w0":  # whenever it leaves, however late, its supervisor starts it again
-            node.on_exit = lambda: self.clock.after(500, lambda: self._restart(0))
+        number = int(config.name.removeprefix("w"))
+        if number == 0 or self.adapted:  # whenever it leaves, however late, its supervisor starts it again
+            node.on_exit = lambda: self.clock.after(500, lambda: self._restart(number))
         return node
 
     def _client(self, index: int) -> ClientNode:
@@ -182,7 +197,7 @@ class World:
                 prompt = msgspec.msgpack.encode([f"{number} {text}" for text in range(texts)])
             message = m.InferenceRequest(
                 id,
-                "",
+                with_adapter("fake", ADAPTER) if self.adapted and id[4] % 2 and not texts else "",
                 random.choice((1, 5, 20, 60, 150)) if not texts else random.choice((30, 40)),
                 stream=random.random() < 0.8,
                 priority=random.choice(("interactive", "normal", "batch")),
@@ -402,8 +417,8 @@ class World:
                 node.freeze(length_ms)
 
     def _maybe_restart(self, who: int, delay_ms: int) -> None:
-        """Worker 0 always comes back: without any worker no progress could be required."""
-        if who == 0 or self.random.random() < 0.6:
+        """Worker 0 always comes back: without any worker no progress could be required. Nor without an adapter."""
+        if who == 0 or self.random.random() < 0.6 or self.adapted:
             self.clock.after(delay_ms, lambda: self._restart(who))
 
     def _restart(self, who: int) -> None:
@@ -417,7 +432,7 @@ class World:
             node.config = _healthy(node.config)
             if node.engine is not None:
                 node.engine._options = node.config.fake
-            if not node.alive and index == 0:
+            if not node.alive and (index == 0 or self.adapted):
                 self._restart(index)
 
     def _settle(self) -> None:

@@ -78,6 +78,7 @@ class Bench:
         state: m.WorkerState = "ready",
         user: str = "",
         kind: m.Kind | Literal[""] = "",
+        paced: bool = True,
         adapters: Mapping[str, str] | None = None,
     ) -> Worker:
         """`adapters`: by name, what stands for the file."""
@@ -85,7 +86,7 @@ class Bench:
         for adapter, digest in (adapters or {}).items():
             own = naming.adapter_fingerprint(fingerprint, digest)
             infos.append(m.ModelInfo(naming.with_adapter(model, adapter), own, kind=kind))
-        hello = m.WorkerHello(name, incarnation, infos, slots, state=state)
+        hello = m.WorkerHello(name, incarnation, infos, slots, state=state, paced=paced)
         return Worker(self, route or name.encode() + incarnation, hello, user)
 
     def host(

@@ -37,6 +37,7 @@ ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
 MODELS = [m.ModelInfo("tiny", "f00d", 2_048, "embed")]
 HOSTED = m.HostedModel(
     "tiny", "embed", "failed", 41, {"ram": 2**30}, "box-1-tiny", True, ["alice/x"], 4_000, 3, "out of memory", 5_000,
+    ["pirate"],
 )  # fmt: skip
 TICKET = bytes(range(16))
 HOSTED_FILE = m.HostedFile("hf:org/tiny", "fetching", 2**20, 2**30, 2**19, "checking", 7, ["box-9"])
@@ -71,8 +72,8 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.Goodbye("done"),
     ],
     "to_client": [
-        m.Welcome(SESSION, 7333, TOPIC, 2, "b-1", 300, 3_000, True),
-        m.BrokerHeartbeat(42, 41, {ID: 9}, {ID: 3}, 17, {ID: "loading tiny on box-1, 41 %"}),
+        m.Welcome(SESSION, 7333, TOPIC, 2, "b-1", 300, 3_000, True, 5_000),
+        m.BrokerHeartbeat(42, 41, {ID: 9}, {ID: 3}, 17, {ID: "loading tiny on box-1, 41 %"}, 300, 5_000, True),
         m.Accepted(ID, 4, "tiny", "sha256:1", b"proof!"),
         m.End(ID, 99, "length", DISPATCH, m.Usage(10, 4, 1.5, 2.5), ERROR, "w-1", 2, 33, "###"),
         m.Page(ID, 7, 9, 12, [CHUNK], DISPATCH),
@@ -80,7 +81,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.Problem(ERROR, ID, 5),
     ],
     "worker": [
-        m.WorkerHello("w-1", b"incarnat", MODELS, 8, (1, 2), "0.1.0", "gpu", "host-1", 77, "starting", "lib 1"),
+        m.WorkerHello("w-1", b"incarnat", MODELS, 8, (1, 2), "0.1.0", "gpu", "host-1", 77, "starting", "lib 1", True),
         m.WorkerHeartbeat(
             17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2, 43, MODELS, 8, 4.25, True, True, True, "lib 1"
         ),

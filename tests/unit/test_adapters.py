@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import tiny_model
+from bench import lora, tiny_model
 from bench.tiny_model import STRING, U32, Entry, File
 from llambo.gateway.answers.api_errors import FieldError
 from llambo.mesh.client.request_options import build_request
@@ -20,9 +20,9 @@ from llambo.worker.agent.engine_life import EngineLife
 from llambo.worker.config import Adapter, FakeOptions, LlamaOptions, WorkerConfig
 from llambo.worker.engine.fake import FakeEngine
 from llambo.worker.engine.protocol import Output, Start
-from llambo.worker.models import adapters, gguf, model_files
+from llambo.worker.models import adapters, model_files
 from llambo.worker.models.adapters import BadAdapter
-from tests import lora
+from tests import bert
 from tests.unit.broker_bench import Bench, Client, Worker
 from tests.unit.test_api_answers import parsed
 
@@ -157,17 +157,37 @@ def test_what_does_not_fit_is_refused_with_the_reason(base: Path, what: str, say
     assert says in adapters.problem_of(str(path), str(base))
 
 
-def test_in_a_folder_an_adapter_belongs_to_what_it_fits_or_to_the_one_it_names(base: Path) -> None:
-    model = gguf.read(str(base))
-    bases = {"tiny": model, "copy": model}
-    shapes = dict.fromkeys(bases, adapters.shapes_of(str(base)))
-    anyone = gguf.read(str(lora.write(base.parent / "a.gguf", base, 1)))
-    named = gguf.read(str(lora.write(base.parent / "b.gguf", base, 1, {"general.base_model.0.name": "Org/copy"})))
-    other = gguf.read(str(lora.write(base.parent / "c.gguf", base, 1, {"general.base_model.0.name": "unknown"})))
-    assert adapters.belongs_to(anyone, bases, shapes) == ["tiny", "copy"]
-    assert adapters.belongs_to(named, bases, shapes) == ["copy"]
-    assert adapters.belongs_to(other, bases, shapes) == ["tiny", "copy"]
-    assert adapters.belongs_to(anyone, {"tiny": model}, {"tiny": {}}) == []
+def test_in_a_folder_an_adapter_belongs_to_what_it_fits_or_to_the_one_it_names(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = base.parent
+    (folder / "copy.gguf").write_bytes(base.read_bytes())
+    vectors = folder / "vectors.gguf"
+    vectors.write_bytes(bert.file_of(bert.random_weights(1), bert.TINY, pooling=1))
+    files = {
+        "anyone": lora.write(folder / "anyone.gguf", base, 1),
+        "named": lora.write(folder / "named.gguf", base, 1, {"general.base_model.0.name": "Org/copy"}),
+        "other": lora.write(folder / "other.gguf", base, 1, {"general.base_model.0.name": "unknown"}),
+        "a b": lora.write(folder / "a b.gguf", base, 1),
+    }
+    models = {name: str(folder / f"{name}.gguf") for name in ("tiny", "copy", "vectors")}
+    given = {"tiny+mine": str(files["named"]), "vectors+x": str(files["named"]), "tiny+lost": "lost.gguf"}
+    matches = adapters.Matches(given)
+    for _ in range(2):
+        found = matches.find(models, {name: str(path) for name, path in files.items()})
+        names = {model: [each.name for each in its] for model, its in found.items()}
+        assert names == {"tiny": ["anyone", "mine", "other"], "copy": ["anyone", "named", "other"], "vectors": []}
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == len(set(warned)) == 4
+    for words in ("'tiny+a b' is not a name", "vectors+x is not served: the model does not generate", "lost.gguf"):
+        assert any(words in text for text in warned), warned
+    # Alone with a model that it does not fit, it says why
+    matches.find({"vectors": models["vectors"]}, {"anyone": str(files["anyone"])})
+    assert "anyone.gguf is not served: the model does not generate text" in caplog.messages[-1]
+    # And no more than a worker can have
+    many = {f"a{number:02}": str(files["anyone"]) for number in range(limits.ADAPTERS + 1)}
+    assert len(adapters.Matches({}).find({"tiny": models["tiny"]}, many)["tiny"]) == limits.ADAPTERS
+    assert "at most" in caplog.messages[-1]
 
 
 # --- a worker and its fake engine ---

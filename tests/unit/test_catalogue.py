@@ -10,10 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bench import lora, tiny_model
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import printable
-from llambo.worker.config import RAM, LlamaOptions, WorkerConfig
+from llambo.worker.config import RAM, Adapter, LlamaOptions, WorkerConfig
 from llambo.worker.host import catalogue
 from llambo.worker.host.catalogue import BadName, Capacity, Catalogue, Servable
 from llambo.worker.llama import dry_run
@@ -112,6 +113,25 @@ def test_what_is_left_out_is_logged_once(
 def test_what_accompanies_a_model_is_none(tmp_path: Path) -> None:
     tiny(tmp_path / "mmproj.gguf", more={"general.architecture": "clip"})
     assert scan(tmp_path) == {}
+
+
+def test_adapters_in_a_folder_are_loaded_with_their_model_and_count(tmp_path: Path) -> None:
+    path = folder(tmp_path, "other.gguf")
+    plain = scan(path)["other"].stored
+    (path / "base.gguf").write_bytes(tiny_model.whole())
+    alone = scan(path)["base"].stored
+    adapter = lora.write(path / "pirate.gguf", path / "base.gguf", 1)
+    lists = Catalogue((str(path),), LLAMA, Capacity({RAM: 4 * GIB}, {RAM: 4 * GIB}))
+    found = lists.scan()
+    assert set(found) == {"base", "other"} and found["other"].stored == plain
+    assert found["base"].config.adapters == (Adapter("pirate", str(adapter)),)
+    assert found["base"].stored.adapters == ("pirate",)
+    assert found["base"].stored.needs[RAM] == alone.needs[RAM] + adapter.stat().st_size
+    # It is found when it appears, and missed when it is gone
+    adapter.rename(path / "poet.gguf")
+    assert lists.scan()["base"].stored.adapters == ("poet",)
+    (path / "poet.gguf").unlink()
+    assert lists.scan()["base"].stored == alone
 
 
 def test_a_model_in_several_files_needs_all_of_them(tmp_path: Path) -> None:

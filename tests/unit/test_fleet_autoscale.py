@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.fleet.decide.autoscale_core import Autoscaler, ClassLoad, Decision, WindowExtreme
-from llambo.fleet.model import NodeClass, Scaling
+from llambo.fleet.decide.autoscale_core import Autoscaler, ClassLoad, Decision, WindowExtreme, promised_models
+from llambo.fleet.model import Fleet, NodeClass, Scaling
 
 SECOND, MINUTE = 1_000, 60_000
 STEADY = settings(derandomize=True, database=None, deadline=None, max_examples=60)
@@ -291,3 +291,14 @@ def test_after_a_gap_what_was_before_proves_nothing() -> None:
     bench.now_ms += 15_000
     assert bench.looks(1, 290) == 10
     assert bench.looks(1, 20) == 5
+
+
+# --- models on demand ----------------------------------------------------------------------------------
+
+
+def test_a_class_without_workers_promises_its_model_with_each_adapter() -> None:
+    settings_of = {"worker": {"model": "/m/s.gguf", "lora": "pirate=/m/p.gguf, poet=q.gguf"}}
+    spec = NodeClass(name="tiny", min=0, max=1, settings=settings_of)
+    fleet = Fleet(name="home", hosts={}, classes={"tiny": spec})
+    names = {"s", "s+pirate", "s+poet"}
+    assert promised_models(fleet) == {*names, *(f"{name}@tiny" for name in names)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from bench import tiny_model
+from bench import lora, tiny_model
 from llambo.cli.kit.failure import Exit
 from llambo.cli.main import main
 from llambo.mesh.service import host as host_facts
@@ -76,6 +76,12 @@ def test_a_file_is_listed_once_with_its_size_and_context(host: Path) -> None:
     (only,) = model_files.on_this_host(str(host / "mine"))
     size = path.stat().st_size
     assert only == Found(str(path), str(path), "models folder", size, "llama", "F32", tiny_model.CONTEXT)
+
+
+def test_an_adapter_is_no_model(host: Path) -> None:
+    base = put(host / "work/a.gguf")
+    lora.write(host / "work/pirate.gguf", base, 1)
+    assert set(listed()) == {"a.gguf"}
 
 
 def test_a_link_with_another_name_is_listed_as_one(host: Path) -> None:

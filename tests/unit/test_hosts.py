@@ -596,3 +596,36 @@ def test_the_memory_of_a_host() -> None:
     assert (found.host, found.machine) == (host.name, "machine")
     assert row(client, "a").kind == "generate"
     assert row(client, "a").hosts[0].bytes == 60
+
+
+# --- adapters ---
+
+
+def test_a_request_for_an_adapter_loads_the_model_at_a_host_that_has_it() -> None:
+    bench = Bench(**NEVER_LOST)
+    plain, client = bench.host("other", model("a")), bench.client()
+    host = bench.host("box", model("a", adapters=["pirate"]), model("b"))
+    names = [each.model for each in msgspec.convert(asking(client, "models"), list[reports.ModelRow])]
+    assert names == ["a", "a+pirate", "b"]
+    client.submit(1, model="a+pirate")
+    assert (host.wishes, plain.wishes) == ((["a"], []), ([], []))
+    # Both names are served by one load
+    client.submit(2, model="a")
+    assert host.wishes == (["a"], [])
+    host.report(model("a", "ready", adapters=["pirate"]), model("b"))
+    worker = bench.worker("box-a", slots=2, model="a", fingerprint="f", adapters={"pirate": "1" * 64})
+    assert sorted(given.model for given in worker.dispatches) == ["a", "a+pirate"]
+    # A hold by that name is one of the model
+    held(client, "a+pirate", holder="x")
+    assert host.received(m.Hold)[-1].model == "a"
+
+
+def test_an_adapter_that_no_host_has_is_refused_and_one_that_appears_is_served() -> None:
+    bench = Bench(**NEVER_LOST)
+    host, client = bench.host("box", model("a", adapters=["pirate"]), node_class="tiny"), bench.client()
+    client.submit(1, model="a+poet")
+    assert client.problems[-1].error.code is Code.UNKNOWN_MODEL
+    assert client.problems[-1].error.text.endswith("with adapters of a there is: a+pirate")
+    host.report(model("a", adapters=["pirate", "poet"]))
+    client.submit(2, model="a+poet@tiny")
+    assert host.wishes == (["a"], [])

@@ -36,6 +36,7 @@ ROWS = [
     ),
     ModelRow(model="d", hosts=[at("failed", note="out of memory", retry_ms=5_000), at("stored", host="box2")]),
     ModelRow(model="d@big", hosts=[at("stored", host="box2")]),
+    ModelRow(model="d+pirate", hosts=[at("stored", host="box2")]),
     ModelRow(model="e", workers=2, slots=8),
 ]
 
@@ -55,7 +56,7 @@ def test_what_a_request_waits_for_is_a_sentence(what: str, text: str) -> None:
 
 
 def test_a_model_has_the_best_of_its_states() -> None:
-    assert [row.state for row in ROWS] == ["ready", "loading", "stored", "stored", "stored", "ready"]
+    assert [row.state for row in ROWS] == ["ready", "loading", "stored", "stored", "stored", "stored", "ready"]
     assert ModelRow(model="x", hosts=[at("failed")]).state == "failed"
     assert ModelRow(model="x").state == "lost"
 

@@ -21,7 +21,6 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.identity import Identity
-from llambo.mesh.wire.naming import in_class
 from llambo.mesh.wire.timers import NEVER_MS
 
 #: Hosts at a time; more are refused as busy.
@@ -67,6 +66,8 @@ def _refusal(state: State, hello: m.HostHello, identity: Identity | None) -> Err
         return ErrorInfo(Code.FORBIDDEN, f"the key {own!r} is for hosts called {own!r} or {own + '-...'!r}")
     if hello.name not in state.hosts.by_name and len(state.hosts.sessions) >= HOST_SESSIONS:
         return ErrorInfo(Code.BUSY, f"{HOST_SESSIONS} hosts are connected", 1_000)
+    if hello.name not in state.hosts.by_name and (crowded := membership.crowded(state)) is not None:
+        return crowded
     return membership.version_problem(hello.versions)
 
 
@@ -96,10 +97,14 @@ def _take(state: State, host: HostEntry, beat: m.HostHeartbeat, now_ms: int) -> 
         _note_change(state, host, before.get(model.name), model, now_ms)
     for name in before.keys() - host.models.keys():
         host.usage.pop(name, None)
-    if before.keys() != host.models.keys():
+    if _names(before) != _names(host.models):
         index_models(state, now_ms)
         admission.retry_deferred(state, now_ms)
     state.hosts.changed = True
+
+
+def _names(models: Mapping[str, m.HostedModel]) -> dict[str, list[str]]:
+    return {name: model.adapters for name, model in models.items()}
 
 
 def _note_change(
@@ -119,7 +124,7 @@ def _note_change(
         return
     elif model.state == "ready":
         usage.used_at, usage.failed_at, usage.retry_at = now_ms, 0, 0
-        for name in (model.name, in_class(model.name, host.hello.node_class)):
+        for name in host.names_of(model):
             if state.models.unserved_since.get(name):  # the wait for its worker begins now
                 state.models.unserved_since[name] = now_ms
         if was:
@@ -136,9 +141,11 @@ def index_models(state: State, now_ms: int) -> None:
     hosts, known = state.hosts, state.models.unserved_since
     before, hosts.having = hosts.having, {}
     for host in hosts.sessions.values():
-        for model in host.models:
-            for name in (model, in_class(model, host.hello.node_class)):
-                hosts.having.setdefault(name, {})[host.name] = model
+        for model in host.models.values():
+            for name in host.names_of(model):
+                # A file whose own name is that of an adapter goes before it.
+                if name == model.name or host.name not in hosts.having.get(name, {}):
+                    hosts.having.setdefault(name, {})[host.name] = model.name
     state.models.claimed.difference_update(hosts.having)
     for name, places in hosts.having.items():
         known.setdefault(name, max(1, now_ms))
@@ -175,14 +182,16 @@ def heartbeat_round(state: State, now_ms: int) -> None:
     timing = state.config.timing
     for host in list(state.hosts.sessions.values()):
         silent_ms, gone_at = now_ms - host.link.heard_at, host.link.route_gone_at
-        if silent_ms >= timing.lease_ms:
+        if silent_ms >= timing.lease_ms + membership.unread_ms(state, timing.lease_ms):
             _lose(state, host, f"silent for {silent_ms} ms", now_ms)
         elif gone_at and now_ms - gone_at >= timing.reconnect_grace_ms:
             _lose(state, host, "its connection is gone", now_ms)
         else:
-            host.beats.number += 1
-            host.beats.seq += 1
-            state.to_host(host, m.BrokerHeartbeat(host.beats.number, host.revision, seq=host.beats.seq))
+            if now_ms >= host.link.due_at or now_ms <= state.wakeups.probe_until:
+                host.link.due_at = now_ms + timing.heartbeat_ms
+                host.beats.number += 1
+                host.beats.seq += 1
+                state.to_host(host, m.BrokerHeartbeat(host.beats.number, host.revision, seq=host.beats.seq))
             wishes.watch_usage(state, host, now_ms)
     files.look_again(state, now_ms)
 

@@ -22,7 +22,6 @@ from llambo.broker.requests import ending, same_model
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
-from llambo.mesh.wire.naming import in_class
 from llambo.mesh.wire.timers import NEVER_MS
 
 DECIDE_MS = 20
@@ -146,11 +145,7 @@ def watch_usage(state: State, host: HostEntry, now_ms: int) -> None:
 
 def _view(state: State, host: HostEntry, now_ms: int) -> HostView:
     watch_usage(state, host, now_ms)
-    names = {
-        name: model
-        for model in host.models.values()
-        for name in (model.name, in_class(model.name, host.hello.node_class))
-    }
+    names = {name: model for model in host.models.values() for name in host.names_of(model)}
     view = HostView(host.name, names, host.memory, wished=frozenset(host.wishes.load))
     view.failed = frozenset(name for name, usage in host.usage.items() if usage.retry_at > now_ms)
     in_use = []

@@ -9,10 +9,8 @@ Circle   the shares of one class, in the order of their turns
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Set
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from llambo.broker.records.request import Request, RequestState
@@ -51,6 +49,17 @@ class Share:
         """How many are served before this one: exact while none overtakes."""
         return max(0, min(request.place.number - self.gone, self.count) - 1)
 
+    def overdue(self, now_ms: int) -> Iterator[Request]:
+        """Those that were due until now, without a look at the others."""
+        heap, places = self.heap, [0]
+        while places:
+            at = places.pop()
+            if at < len(heap) and heap[at][0] <= now_ms:
+                places += (2 * at + 1, 2 * at + 2)
+                _, ticket, request = heap[at]
+                if request.state is RequestState.WAITING and request.place.ticket == ticket:
+                    yield request
+
     def __iter__(self) -> Iterator[Request]:
         for _, ticket, request in self.heap:
             if request.state is RequestState.WAITING and request.place.ticket == ticket:
@@ -60,7 +69,7 @@ class Share:
 class Circle:
     """The identities that wait in one class, in the order of their turns. None has an empty share."""
 
-    __slots__ = ("_held", "_open", "_sums", "count", "turn")
+    __slots__ = ("_held", "_open", "_sizes", "count", "turn")
 
     def __init__(self) -> None:
         self.count = 0
@@ -69,8 +78,8 @@ class Circle:
         self._open: OrderedDict[str, Share] = OrderedDict()
         #: Those that have as many running as they may. `readmit` puts them back, at the end of the circle.
         self._held: dict[str, Share] = {}
-        #: How many wait for each of `_open`, sorted, and the sums of that; None: to be counted again.
-        self._sums: tuple[list[int], list[int]] | None = None
+        #: How many of `_open` have so many waiting: that is what `before` needs, and cheap to keep.
+        self._sizes: dict[int, int] = {}
 
     def put(self, request: Request, due: int, line: Line) -> None:
         owner = request.owner
@@ -79,7 +88,17 @@ class Circle:
             share = self._open[owner] = Share(line)
         share.put(request, due)
         self.count += 1
-        self._sums = None
+        if owner in self._open:
+            self._resize(share.count - 1, share.count)
+
+    def _resize(self, before: int, after: int) -> None:
+        sizes = self._sizes
+        if before:
+            sizes[before] -= 1
+            if not sizes[before]:
+                del sizes[before]
+        if after:
+            sizes[after] = sizes.get(after, 0) + 1
 
     def first(self) -> Request | None:
         while self._open:
@@ -87,14 +106,16 @@ class Circle:
             request = self._open[owner].first()
             if not request.account.full:
                 return request
-            self._held[owner] = self._open.pop(owner)
-            self._sums = None
+            share = self._held[owner] = self._open.pop(owner)
+            self._resize(share.count, 0)
         return None
 
     def left(self, request: Request, served: bool) -> None:
         owner = request.owner
         self.count -= 1
-        self._sums = None
+        if owner in self._open:
+            left = request.place.share.count
+            self._resize(left + 1, left)
         if not request.place.share.count:
             self._open.pop(owner, None)
             self._held.pop(owner, None)
@@ -109,8 +130,8 @@ class Circle:
         held = owners & self._held.keys()
         back = [owner for owner in self._held if owner in held] if len(held) > 1 else list(held)
         for owner in back:
-            self._open[owner] = self._held.pop(owner)
-            self._sums = None
+            share = self._open[owner] = self._held.pop(owner)
+            self._resize(0, share.count)
         return bool(back)
 
     def before(self, request: Request) -> int:
@@ -119,13 +140,13 @@ class Circle:
         own = request.owner in self._open
         if len(self._open) == own:
             return rank
-        if self._sums is None:
-            counts = sorted(share.count for share in self._open.values())
-            self._sums = counts, list(accumulate(counts, initial=0))
-        counts, sums = self._sums
         turns = rank + 1
-        few = bisect_right(counts, turns)
-        return rank + sums[few] + turns * (len(counts) - few) - own * turns
+        others = sum(min(size, turns) * shares for size, shares in self._sizes.items()) - own * turns
+        return rank + others
+
+    def overdue(self, now_ms: int) -> Iterator[Request]:
+        for share in (*self._open.values(), *self._held.values()):
+            yield from share.overdue(now_ms)
 
     def __iter__(self) -> Iterator[Request]:
         for share in (*self._open.values(), *self._held.values()):

@@ -14,6 +14,7 @@ from llambo.broker.records.backlog import Backlog
 from llambo.broker.records.registry import Beats, Session, Sessions, WorkerEntry
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
+from llambo.mesh.wire.naming import in_class, with_adapter
 
 #: Before the first report.
 NO_REVISION = 0
@@ -81,6 +82,11 @@ class HostEntry:
     @property
     def name(self) -> str:
         return self.hello.name
+
+    def names_of(self, model: m.HostedModel) -> list[str]:
+        """All that it can be asked for by: alone and with each adapter, and each once more under the host's class."""
+        names = [model.name, *(with_adapter(model.name, adapter) for adapter in model.adapters)]
+        return [*names, *(in_class(name, self.hello.node_class) for name in names)]
 
 
 @dataclass(slots=True)

@@ -74,6 +74,30 @@ class Counters:
         return {_SHOWN.get(name, name): value for name, value in values.items()}
 
 
+@dataclass(slots=True)
+class Load:
+    """How the shell's loop keeps up: load.py."""
+
+    #: The longest turn since the last tick, and in the current second; how long messages are unread.
+    turn_ms: int = 0
+    longest_ms: int = 0
+    unread_ms: int = 0
+    #: The limit of descriptors, while there are none for more peers; else 0.
+    crowded: int = 0
+    #: It does not keep up; since when the last ticks say the same.
+    behind: bool = False
+    since: int = 0
+    #: Requests refused since it fell behind; whether and when that was reported.
+    refused: int = 0
+    reported: bool = False
+    reported_at: int = 0
+    #: `longest_ms` of the second before.
+    last_second_ms: int = 0
+
+    def begin_second(self) -> None:
+        self.last_second_ms, self.longest_ms = self.longest_ms, 0
+
+
 class Sample(NamedTuple):
     """The mesh at one moment, of which there is one a second: history.py."""
 
@@ -99,3 +123,4 @@ class Measurements:
         self.end_rate = EndRate()
         #: What the shell has counted.
         self.shell = Counted()
+        self.load = Load()

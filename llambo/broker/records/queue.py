@@ -87,6 +87,12 @@ class Line:
                 ahead += min(circle.count, turns * WEIGHTS[name] // weight)
         return self._front.count + ahead
 
+    def overdue(self, now_ms: int) -> Iterator[Request]:
+        """Those that may have waited for too long: all that have waited for `queue_ms` are among them."""
+        yield from self._front  # in another order, and never many
+        for circle in self._circles.values():
+            yield from circle.overdue(now_ms)
+
     def __iter__(self) -> Iterator[Request]:
         yield from self._front
         for circle in self._circles.values():
@@ -157,4 +163,5 @@ class RequestQueue:
     def expired(self, now_ms: int) -> list[Request]:
         """Those that have waited for too long this time. A request that loses its worker begins a new wait."""
         limit = now_ms - self._queue_ms
-        return [r for line in self.lines.values() for r in line if r.place.queued_at <= limit]
+        overdue = (request for line in self.lines.values() for request in line.overdue(now_ms))
+        return [request for request in overdue if request.place.queued_at <= limit]

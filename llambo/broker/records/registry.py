@@ -31,6 +31,11 @@ class Session:
     identity: Identity = ANYONE
     #: Since when its route is gone; 0: it is there.
     route_gone_at: int = 0
+    #: When its next heartbeat is due, and the interval without runs as it was sent last.
+    due_at: int = 0
+    idle_ms: int = 0
+    #: Since when it has runs, as far as the rounds of heartbeats have noticed; 0: it has none.
+    busy_at: int = 0
 
 
 @dataclass(slots=True)

@@ -88,6 +88,8 @@ class Wakeups:
         #: While a model is asked for that no worker has.
         self.placement_at = NEVER_MS
         self.alarms: Timers[tuple[Alarm, bytes]] = Timers()
+        #: Connections have ended: until when workers are sent heartbeats to find out which, and when that was done.
+        self.probe_until = self.probed_at = self.idle_probed_at = 0
 
     def next_wakeup_ms(self) -> int:
         rounds = self.worker_round_at, self.client_round_at, self.sweep_at, self.placement_at
@@ -116,6 +118,7 @@ class State:
         self.reserved = 0
         self.recovery = Recovery()
         self.wakeups = Wakeups()
+        self.pace = config.timing.pace(0)
         self.journal = Journal(bounds.events)
         self.counters = Counters()
         self.measured = Measurements(bounds.samples)
@@ -152,6 +155,10 @@ class State:
         key = worker.backlog.receipt or worker.backlog.ask(self.random_bytes(limits.RUN_KEY_BYTES))
         cancel = m.Cancel(key[: limits.REQUEST_ID_BYTES], key[limits.REQUEST_ID_BYTES :])
         self.out.append(ToWorker(worker.link.route, worker.session, cancel))
+
+    @property
+    def sessions(self) -> int:
+        return len(self.registry.workers) + len(self.registry.clients) + len(self.hosts.sessions)
 
     def may_push_to(self, client: ClientEntry) -> bool:
         """Whether answer data may be sent to this client now.

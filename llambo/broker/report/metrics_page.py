@@ -79,6 +79,8 @@ PLAIN = {
     "detached": _gauge("detached_bytes", "Finished detached results"),
     "clients": _gauge("clients", "Sessions of clients"),
     "models": _gauge("models", "Models that are served, or are waited for"),
+    "turn": _gauge("turn_seconds", "Longest turn of the loop in the last second"),
+    "behind": _gauge("behind", "1 while this broker does not keep up and refuses new requests"),
     "up": _gauge("up_seconds", "How long this broker has been running"),
 }
 _GAUGES = (WORKERS, READY, SERVING, SLOTS, BUSY, ELSEWHERE, RATE, RUNNING, WAITING, WAITING_FOR_LOAD, HOSTED, BUDGET,
@@ -182,5 +184,7 @@ def _plain(state: State, now_ms: int) -> dict[str, float]:
         "detached": state.archive.detached_bytes,
         "clients": len(state.registry.clients),
         "models": len(state.models_shown(now_ms)),
+        "turn": state.measured.load.last_second_ms / 1_000,
+        "behind": state.measured.load.behind,
         "up": (now_ms - state.wakeups.started_at) / 1000 if state.wakeups.started_at >= 0 else 0.0,
     }

@@ -103,10 +103,20 @@ def _token_beat(state: State, worker: WorkerEntry, number: int) -> None:
 
 
 def heartbeat_worker(state: State, worker: WorkerEntry) -> None:
-    beats = worker.beats
+    beats, pace = worker.beats, state.pace
     beats.number += 1
     beats.seq += 1
-    state.to_worker(worker, m.BrokerHeartbeat(beats.number, beats.echo, seq=beats.seq))
+    message = m.BrokerHeartbeat(beats.number, beats.echo, seq=beats.seq)
+    if worker.hello.paced:
+        message = m.BrokerHeartbeat(
+            beats.number,
+            beats.echo,
+            seq=beats.seq,
+            heartbeat_ms=pace.beat_ms,
+            idle_ms=worker.link.idle_ms,
+            busy=bool(worker.claims),
+        )
+    state.to_worker(worker, message)
 
 
 def _irregular(state: State, request: Request, frame: bytes, out: list[bytes], now_ms: int) -> None:

@@ -10,6 +10,9 @@ from llambo.mesh.wire import limits, transfer
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
+#: When to try again at the earliest if this broker does not keep up.
+BEHIND_MS = 2_000
+
 
 def limit_reached(
     state: State,
@@ -45,6 +48,9 @@ def limit_reached(
         return _no(Code.TOO_LONG, text)
     if wanted > bounds.transcript_bytes:
         return _no(Code.TOO_LONG, f"max_tokens {asked.max_tokens} is more than this broker can hold")
+    if state.measured.load.behind and not admitted:
+        state.measured.load.refused += 1
+        return _no(Code.BUSY, "this broker does not keep up", max(BEHIND_MS, retry_after(state)))
     if account.limited and (over := account.refusal(len(prompt), wanted, admitted, now_ms)) is not None:
         return over
     if state.queue.full(len(prompt)) and not admitted:

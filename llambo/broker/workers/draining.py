@@ -112,6 +112,7 @@ def _send(state: State, worker: WorkerEntry, order: m.Drain) -> None:
     worker.drain.differed = _differs(worker.last, order)
     # Control is in order: a worker whose beat has a later number than this has received the order, or it was lost.
     worker.drain.sent_seq = worker.beats.seq
+    worker.link.due_at = 0  # which gives it a later number soon
     state.to_worker(worker, order)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from itertools import count
+from collections.abc import Iterable, Mapping
+from itertools import chain, count, islice
 
+from llambo.broker.config import Intervals
 from llambo.broker.events import Publish, ToClient, ToWorker
 from llambo.broker.records.backlog import Backlog
 from llambo.broker.records.registry import ClientEntry, Serving, Session, WorkerEntry
@@ -23,7 +24,15 @@ from llambo.mesh.wire.identity import Identity
 CLIENT_SESSIONS = 10_000
 #: Workers at a time; more are refused as busy.
 WORKER_SESSIONS = 20_000
-#: Notes in one heartbeat to a client.
+#: A worker without runs may miss so many heartbeats before it is lost.
+IDLE_LEASE_BEATS = 4
+#: From the end of a connection until libzmq refuses to send there.
+PROBE_MS = 5
+#: Requests that one round of heartbeats to clients is about, of all of them together, and places in the queue; so many
+#: of each client at least. Those of one client take turns if it has more.
+REQUESTS_SHOWN, LEAST_SHOWN = 10_000, 10
+PLACES = 1_000
+#: Notes in one heartbeat to a client, on its oldest requests.
 NOTES = 256
 REVOKED = ErrorInfo(Code.UNAUTHORIZED, "this key is not valid any more")
 
@@ -54,6 +63,8 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
     there = state.registry.worker_names.get(hello.name)
     if problem is None and there is None and len(state.registry.workers) >= WORKER_SESSIONS:
         problem = ErrorInfo(Code.BUSY, f"{WORKER_SESSIONS} workers are connected", 1_000)
+    if problem is None and there is None:
+        problem = crowded(state)
     if there is not None and problem is None:
         same = there.hello.incarnation == hello.incarnation and there.link.user == user
         if same and there.link.route == route:
@@ -63,6 +74,7 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
             free = next(name for n in count(2) if (name := f"{hello.name}-{n}") not in state.registry.worker_names)
             text = f"the name {hello.name!r} is taken by a worker on {there.hello.host or 'another host'}"
             problem = ErrorInfo(Code.NAME_TAKEN, f"{text}; start this one with --name {free}")
+            delivery.heartbeat_worker(state, there)  # if that one is gone, this shows it
     if problem is not None:
         state.counters.peers.problems += 1
         state.out.append(ToWorker(route, NO_SESSION, m.Problem(problem)))
@@ -75,10 +87,10 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
 
 def _add_worker(state: State, hello: m.WorkerHello, route: bytes, user: str, identity: Identity, now_ms: int) -> None:
     config = state.config
-    welcome = welcome_to(state, config.tokens_in_port, b"", config.timing.lease_ms, hello.versions)
-    worker = WorkerEntry(
-        hello, Session(route, welcome, now_ms, now_ms, user, identity), Backlog(config.bounds.backlog_bytes)
-    )
+    idle_ms = state.pace.idle_ms if hello.paced else 0
+    welcome = welcome_to(state, config.tokens_in_port, b"", config.timing.lease_ms, hello.versions, idle_ms)
+    session = Session(route, welcome, now_ms, now_ms, user, identity, idle_ms=state.pace.idle_ms)
+    worker = WorkerEntry(hello, session, Backlog(config.bounds.backlog_bytes))
     worker.speed.fresh_until = now_ms + config.faults.settle_ms
     state.registry.add_worker(worker)
     _serves_models(state, worker, now_ms)
@@ -103,7 +115,8 @@ def _serves_models(state: State, worker: WorkerEntry, now_ms: int) -> None:
 
 def _is_alive(state: State, worker: WorkerEntry, now_ms: int) -> bool:
     """Whether a hello under its name must come from another process."""
-    return not worker.link.route_gone_at and now_ms - worker.link.heard_at < 3 * state.config.timing.heartbeat_ms
+    interval_ms = worker.link.idle_ms if worker.hello.paced else state.config.timing.heartbeat_ms
+    return not worker.link.route_gone_at and now_ms - worker.link.heard_at < 3 * interval_ms
 
 
 def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, blob: bytes, now_ms: int) -> None:
@@ -237,19 +250,69 @@ def extend_leases(state: State, late_ms: int, now_ms: int) -> None:
             link.route_gone_at = min(now_ms, link.route_gone_at + late_ms)
 
 
+def find_disconnected(state: State, now_ms: int) -> None:
+    """Connections have ended. To send is to find out which: it fails at once, or a moment later."""
+    wakeups, ping_ms = state.wakeups, state.config.timing.ping_ms
+    wakeups.probe_until = now_ms + 2 * ping_ms
+    soon = max(now_ms + PROBE_MS, wakeups.probed_at + ping_ms)
+    wakeups.worker_round_at = min(wakeups.worker_round_at, soon)
+
+
+def unread_ms(state: State, lease_ms: int) -> int:
+    """A message of a peer may be among those that are not read yet. Twice its lease is the most, whatever others send.
+
+    Sockets take turns among their connections, so a peer that sends without an end does not hide what others send.
+    """
+    return min(state.measured.load.unread_ms, lease_ms)
+
+
 def worker_round(state: State, now_ms: int) -> None:
-    """A heartbeat to each worker. Sending is also how a dead one is found: the route is gone at once."""
-    timing = state.config.timing
+    """Heartbeats to the workers for which they are due. Sending is also how a dead one is found: its route is gone.
+
+    One with runs gets them often, and is lost when it was silent for `lease_ms`. For one without runs both take longer
+    the more sessions there are, since all of them together would take more time than the requests do.
+    """
+    timing, wakeups = state.config.timing, state.wakeups
+    state.pace = pace = timing.pace(state.sessions)
+    probe = now_ms <= wakeups.probe_until
+    probe_idle = probe and now_ms >= wakeups.idle_probed_at + max(timing.ping_ms, state.sessions)
+    if probe:
+        wakeups.probed_at = now_ms
+    if probe_idle:
+        wakeups.idle_probed_at = now_ms
     for worker in list(state.registry.workers.values()):
-        silent_ms, gone_at = now_ms - worker.link.heard_at, worker.link.route_gone_at
-        if silent_ms >= timing.lease_ms:
+        link = worker.link
+        silent_ms, gone_at = now_ms - link.heard_at, link.route_gone_at
+        busy = bool(worker.claims) or bool(worker.backlog.receipt)
+        if not busy:
+            link.busy_at = 0
+        elif not link.busy_at:
+            link.busy_at, link.due_at = now_ms, min(link.due_at, now_ms + pace.ping_ms)
+        if silent_ms >= timing.lease_ms and _lease_is_out(state, worker, now_ms):
             lose_worker(state, worker, Loss.SILENT, now_ms, f"silent for {silent_ms} ms")
         elif gone_at and now_ms - gone_at >= timing.reconnect_grace_ms:
             lose_worker(state, worker, Loss.DISCONNECTED, now_ms)
-        else:
-            delivery.heartbeat_worker(state, worker)
-            if worker.backlog.receipt:
-                state.ask_worker(worker)
+        elif now_ms >= link.due_at or probe_idle or (probe and busy):
+            _heartbeat_worker(state, worker, pace, now_ms)
+
+
+def _lease_is_out(state: State, worker: WorkerEntry, now_ms: int) -> bool:
+    """With runs its lease is short, from when it got the first of them at the earliest."""
+    lease_ms, link = state.config.timing.lease_ms, worker.link
+    if worker.hello.paced and not worker.claims:
+        lease_ms = max(lease_ms, IDLE_LEASE_BEATS * link.idle_ms)
+    return now_ms - max(link.heard_at, link.busy_at) >= lease_ms + unread_ms(state, lease_ms)
+
+
+def _heartbeat_worker(state: State, worker: WorkerEntry, pace: Intervals, now_ms: int) -> None:
+    """Its idle interval changes by a factor of two at most each time: one lost heartbeat then ends no lease."""
+    link = worker.link
+    link.idle_ms = min(max(pace.idle_ms, link.idle_ms // 2), 2 * link.idle_ms)
+    quiet_ms = link.idle_ms if worker.hello.paced else state.config.timing.heartbeat_ms
+    link.due_at = now_ms + (pace.ping_ms if link.busy_at else quiet_ms)
+    delivery.heartbeat_worker(state, worker)
+    if worker.backlog.receipt:
+        state.ask_worker(worker)
 
 
 # --- clients ---
@@ -263,6 +326,8 @@ def client_hello(state: State, route: bytes, hello: m.ClientHello, user: str, no
         problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a client")
     if problem is None and len(registry.clients) >= CLIENT_SESSIONS:
         problem = ErrorInfo(Code.BUSY, f"{CLIENT_SESSIONS} clients are connected", 1_000)
+    if problem is None and route not in registry.clients.by_route:
+        problem = crowded(state)
     if problem is not None:
         state.counters.peers.problems += 1
         state.out.append(ToClient(route, NO_SESSION, m.Problem(problem)))
@@ -300,19 +365,35 @@ def _heartbeat_client(state: State, client: ClientEntry) -> None:
     """On both planes, with the progress of each of its requests, so that a lost tail is always noticed."""
     beats = client.beats
     beats.number += 1
+    places = max(1, PLACES // len(state.registry.clients))
     progress: dict[bytes, int] = {}
     waiting: dict[bytes, int] = {}
     notes: dict[bytes, str] = {}
-    for id in () if client.backlog.full else client.following:
+    for id in () if client.backlog.full else _in_turn(client, places):
         request = state.requests[id]
         if request.state is RequestState.WAITING:
+            if len(waiting) == places:
+                continue
             waiting[id] = state.queue.ahead(request)
-            if state.hosts.waits and len(notes) < NOTES and (note := state.hosts.note(request.model)):
-                notes[id] = note
         elif request.stream:
             progress[id] = request.transcript.next_index
+    for id in islice(client.following, NOTES) if state.hosts.waits and not client.backlog.full else ():
+        request = state.requests[id]
+        if request.state is RequestState.WAITING and (note := state.hosts.note(request.model)):
+            notes[id] = note
     state.out.append(Publish([client.topic + tokens.encode_beat(beats.number, client.session)]))
     state.to_client(client, m.BrokerHeartbeat(beats.number, beats.echo, progress, waiting, notes=notes))
+
+
+def _in_turn(client: ClientEntry, places: int) -> Iterable[bytes]:
+    """The requests that this heartbeat is about: all of them, unless they are very many."""
+    following = client.following
+    if len(following) <= places:
+        return following
+    # Another part comes first each time, so that each of them has its turn.
+    at = client.beats.number * places % len(following)
+    shown = min(len(following), max(LEAST_SHOWN, REQUESTS_SHOWN * places // PLACES))
+    return list(islice(chain(islice(following, at, None), following), shown))
 
 
 def client_left(state: State, client: ClientEntry, goodbye: m.Goodbye, blob: bytes, now_ms: int) -> None:
@@ -326,7 +407,8 @@ def lose_client(state: State, client: ClientEntry, now_ms: int) -> None:
 
 def client_round(state: State, now_ms: int) -> None:
     for client in list(state.registry.clients.values()):
-        if now_ms - client.link.heard_at >= state.config.timing.client_lease_ms:
+        lease_ms = state.config.timing.client_lease_ms
+        if now_ms - client.link.heard_at >= lease_ms + unread_ms(state, lease_ms):
             state.counters.peers.clients_lost += 1
             lose_client(state, client, now_ms)
         else:
@@ -362,7 +444,9 @@ def keys_changed(state: State, identities: Mapping[str, Identity], now_ms: int) 
             worker.link.identity = identity
 
 
-def welcome_to(state: State, port: int, topic: bytes, lease_ms: int, versions: tuple[int, int]) -> m.Welcome:
+def welcome_to(
+    state: State, port: int, topic: bytes, lease_ms: int, versions: tuple[int, int], idle_ms: int = 0
+) -> m.Welcome:
     return m.Welcome(
         session=state.random_bytes(limits.SESSION_ID_BYTES),
         token_port=port,
@@ -372,7 +456,16 @@ def welcome_to(state: State, port: int, topic: bytes, lease_ms: int, versions: t
         heartbeat_ms=state.config.timing.heartbeat_ms,
         lease_ms=lease_ms,
         pull=state.access.identities is not None,
+        idle_ms=idle_ms,
     )
+
+
+def crowded(state: State) -> ErrorInfo | None:
+    """Why there is no room for another peer: it would need descriptors, and libzmq is silent when there are none."""
+    if not (limit := state.measured.load.crowded):
+        return None
+    text = f"most of the {limit} descriptors that this broker may have are in use"
+    return ErrorInfo(Code.BUSY, text, 1_000, "raise its limit (ulimit -Hn, or LimitNOFILE= of its unit)")
 
 
 def version_problem(versions: tuple[int, int]) -> ErrorInfo | None:

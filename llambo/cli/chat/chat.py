@@ -30,7 +30,7 @@ from llambo.cli.kit.follow import on_end_signals, report_link
 from llambo.cli.kit.tables import duration, number, plural, show_json, table
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.naming import has_adapter, is_in_class, with_adapter
+from llambo.mesh.wire.naming import is_listed_otherwise, with_adapter
 
 if TYPE_CHECKING:
     from llambo.cli.chat.prompt import ChatPrompt
@@ -318,7 +318,7 @@ async def _converse(chat: Dialogue, signals: Signals, prompt: ChatPrompt) -> int
 
 def _with_model(chat: Dialogue) -> str:
     """Which model answers, or which there are to choose from."""
-    names = [name for name in chat.models if not (is_in_class(name, chat.models) or has_adapter(name, chat.models))]
+    names = [name for name in chat.models if not is_listed_otherwise(name, chat.models)]
     if chat.saved.model or len(names) == 1:
         return f", with {chat.saved.model or names[0]}"
     return f", /model chooses one of {', '.join(names[:5])}" if names else ""

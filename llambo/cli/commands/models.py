@@ -16,7 +16,7 @@ from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.tables import Row, duration, facts, number, one_line, show_json, size, table, warn_of_variants
 from llambo.mesh.service.extras import install_command
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.naming import is_in_class
+from llambo.mesh.wire.naming import is_listed_otherwise
 from llambo.mesh.wire.reports import HostRow, ModelHost, ModelRow, waiting
 
 if TYPE_CHECKING:
@@ -215,13 +215,15 @@ def state_text(row: ModelRow) -> str:
 def show_hosts(found: Sequence[ModelRow], hosts: Sequence[HostRow]) -> None:
     """Each model at each host, and what is left of the memory there."""
     names = {row.model for row in found}
-    rows = [_on_host(row.model, there) for row in found for there in row.hosts if not is_in_class(row.model, names)]
+    rows = [
+        _on_host(row.model, there) for row in found for there in row.hosts if not is_listed_otherwise(row.model, names)
+    ]
     if rows:
         click.echo()
         table(ON_HOSTS, rows, fixed=3, spare=SPARE_ON_HOSTS)
         click.echo()
     for row in found:
-        for there in row.hosts if not is_in_class(row.model, names) else ():
+        for there in row.hosts:
             if note := host_note(there):
                 click.echo(one_line(f"{row.model} on {there.host}: {note}"))
     for host in hosts:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llambo.cli.kit.tables import busy_text, duration, one_line, request_note, size, worker_note
-from llambo.mesh.wire.naming import is_in_class
+from llambo.mesh.wire.naming import is_listed_otherwise
 from llambo.mesh.wire.reports import (
     EventRow,
     HostRow,
@@ -177,7 +177,7 @@ def host_lines(models: Sequence[ModelRow], hosts: Sequence[HostRow], width: int)
     for host in hosts[:HOSTS]:
         held = [
             _loaded(row.model, there)
-            for row in models if not is_in_class(row.model, names)
+            for row in models if not is_listed_otherwise(row.model, names)
             for there in row.hosts if there.host == host.host and there.state not in ("stored", "failed")
         ]  # fmt: skip
         used, budget = (sum(getattr(each, what) for each in host.memory.values()) for what in ("used", "budget"))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from llambo.fleet.decide.plan import Placement
 from llambo.fleet.model import Fleet, HostedRow, NodeClass, Scaling, World
-from llambo.mesh.wire.naming import class_of, in_class
+from llambo.mesh.wire.naming import class_of, in_class, with_adapter
 from llambo.mesh.wire.reports import RequestRow, WorkerRow
 
 # --- The largest (or smallest) value in a sliding window, at amortized constant cost for each value. ---
@@ -352,7 +352,10 @@ def promised_models(fleet: Fleet) -> set[str]:
 def _models(spec: NodeClass, workers: list[WorkerRow]) -> set[str]:
     """What the workers report; without workers, what they will report."""
     reported = {model for worker in workers for model in worker.models}
-    return reported or {name for model in spec.model_names if model for name in (model, in_class(model, spec.name))}
+    lora = str(spec.settings.get("worker", {}).get("lora", ""))
+    adapters = ["", *(part.partition("=")[0].strip() for part in lora.split(",") if "=" in part)]
+    names = [with_adapter(model, adapter) for model in spec.model_names if model for adapter in adapters]
+    return reported or {each for name in names for each in (name, in_class(name, spec.name))}
 
 
 def _share(spec: NodeClass, fleet: Fleet, world: World, workers: Mapping[str, WorkerRow], models: set[str]) -> float:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from llambo.mesh.wire.naming import is_in_class
+from llambo.mesh.wire.naming import is_listed_otherwise
 from llambo.mesh.wire.reports import (
     EndedRow,
     EventRow,
@@ -36,7 +36,7 @@ SAMPLES_SHOWN = 300
 MEASURED = 200
 #: A moment computed from an age moves with the time that the answer took. Within this it counts as the same moment.
 AGE_TOLERANCE_MS = 1_500
-#: A worker is called silent when its last message is older than this.
+#: A worker is called silent when a message of it is overdue by more than this.
 SILENT_MS = 1_000
 _COUNTERS = ("submitted", "ended", "failed", "cancelled", "moved", "refused", "tokens", "workers_lost", "engine_deaths")
 
@@ -94,6 +94,8 @@ class MeshView(View, frozen=True, kw_only=True):
     waiting: int
     tokens_per_s: float
     requests_per_s: float
+    #: The broker does not keep up, and refuses new requests.
+    behind: bool
     models: list[ModelView]
     counters: dict[str, int]
     #: When the broker started.
@@ -287,15 +289,16 @@ def _latest(
 
 def _worker(row: WorkerRow, before: WorkerView | None, now_ms: int) -> WorkerView:
     since = _moment(before.since if before else None, now_ms - row.up_ms)
-    return _view(WorkerView, row, since=since, silent_s=row.heard_ms // 1_000 if row.heard_ms >= SILENT_MS else 0)
+    silent = row.heard_ms >= SILENT_MS + row.interval_ms
+    return _view(WorkerView, row, since=since, silent_s=row.heard_ms // 1_000 if silent else 0)
 
 
 def _hosted(rows: list[ModelRow], before: Mapping[str, HostedView], now_ms: int) -> dict[str, HostedView]:
-    """A model that is listed again with its class is not another one."""
+    """A model that is listed again with its class or an adapter takes no more memory."""
     names = {row.model for row in rows}
     found = {}
     for row in rows:
-        for there in row.hosts if not is_in_class(row.model, names) else ():
+        for there in row.hosts if not is_listed_otherwise(row.model, names) else ():
             id = f"{row.model} {there.host}"
             found[id] = _at_host(id, row, there, before.get(id), now_ms)
     return found

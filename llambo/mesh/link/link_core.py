@@ -117,9 +117,11 @@ LINK_STEPS: dict[LinkState, dict[LinkState, str]] = {
 
 #: Token-plane beats that may be missing before the plane counts as down.
 MISSING_BEATS = 3
-#: How long a hello waits for its answer before it is sent again, and before the sockets are replaced.
+#: How long a hello waits for its answer before it is sent again, and before the sockets are replaced. The latter grows,
+#: since a broker that a thousand peers join at once may need longer, and with new sockets a peer loses its place.
 HELLO_AGAIN_MS = 500
 GREETING_MS = 5_000
+GREETING_DOUBLED = 2
 #: The pause before another attempt: doubles from the first to the last.
 BACKOFF_MS = (100, 2_000)
 #: If there is an alternative: how long a connection may be broken, how long a broker may be silent, and how long a
@@ -127,6 +129,8 @@ BACKOFF_MS = (100, 2_000)
 CUT_MS = 300
 SILENT_MS = 2_000
 TRY_MS = 1_000
+#: Heartbeats that a broker may miss while it has no requests here.
+IDLE_BEATS = 4
 #: The shortest time between two beats, even if there are many changes to report.
 SOON_MS = 20
 
@@ -173,12 +177,14 @@ class SessionTerms(msgspec.Struct, frozen=True):
     pull: bool = False
     token_port: int = 0
     topic: bytes = b""
+    #: The interval while there is nothing to report.
+    idle_ms: int = 200
 
     @classmethod
     def of(cls, welcome: m.Welcome) -> SessionTerms:
         return cls(
             welcome.broker, max(welcome.heartbeat_ms, 10), max(welcome.lease_ms, 50),
-            welcome.pull, welcome.token_port, welcome.topic,
+            welcome.pull, welcome.token_port, welcome.topic, max(welcome.idle_ms, welcome.heartbeat_ms, 10),
         )  # fmt: skip
 
 
@@ -202,7 +208,7 @@ class Attempts:
     @property
     def greeting_ms(self) -> int:
         if self.choices == 1:
-            return GREETING_MS
+            return GREETING_MS << min(self.failed, GREETING_DOUBLED)
         return min(TRY_MS << min(self.failed // self.choices, 8), GREETING_MS)
 
     def begin(self) -> None:
@@ -236,13 +242,18 @@ class Beats:
     proof_after: int = 0
     next_at: int = 0
     sent_at: int = 0
+    #: There is nothing to report, so beats may be rare; since when there is something.
+    idle: bool = False
+    busy_at: int = 0
+    #: This peer has requests of the broker, so the silence of either matters at once.
+    serves: bool = False
 
     def begin(self, now_ms: int) -> None:
         self.number = self.proof_after = 0
         self.next_at = now_ms
 
-    def sent(self, now_ms: int, interval_ms: int) -> None:
-        self.next_at, self.sent_at = now_ms + interval_ms, now_ms
+    def sent(self, now_ms: int) -> None:
+        self.next_at, self.sent_at = NEVER_MS, now_ms
 
     def now(self) -> None:
         """Send the next beat at once, because something changed."""
@@ -298,10 +309,19 @@ class LinkCore:
         return self.state is LinkState.UP
 
     @property
+    def _beat_at(self) -> int:
+        beats, terms = self.beats, self.terms
+        if beats.idle and self.state is LinkState.UP:
+            return min(beats.next_at, beats.sent_at + terms.idle_ms)
+        return min(beats.next_at, max(beats.sent_at, beats.busy_at) + terms.heartbeat_ms)
+
+    @property
     def _silence_ms(self) -> int:
         """How long a broker may be silent."""
         if self.attempts.choices == 1:
-            return self.terms.lease_ms
+            return (
+                self.terms.lease_ms if self.beats.serves else max(self.terms.lease_ms, IDLE_BEATS * self.terms.idle_ms)
+            )
         return min(self.terms.lease_ms, max(SILENT_MS, 10 * self.terms.heartbeat_ms))
 
     # --- what arrives ------------------------------------------------------------------------------
@@ -314,6 +334,8 @@ class LinkCore:
         several = self.attempts.choices > 1
         if change is ConnectionChange.CONNECTED:
             self._lost_at = NEVER_MS
+            if self.welcomed:
+                self.beats.now()  # the broker has to learn of the new connection; or it is another one, and says so
         elif self.state is LinkState.GREETING:
             if change in _DENIALS:
                 self.attempts.denied = True
@@ -356,6 +378,19 @@ class LinkCore:
         """The token plane works: the broker received our beat `number` (worker), or we received its beat (client)."""
         if number > self.beats.proof_after and self.state in (LinkState.JOINING, LinkState.MENDING):
             self._step(LinkState.UP, now_ms)
+
+    def on_heartbeat(self, beat: m.BrokerHeartbeat) -> None:
+        """The intervals as they are now."""
+        terms = self.terms
+        if beat.idle_ms and (beat.heartbeat_ms, beat.idle_ms) != (terms.heartbeat_ms, terms.idle_ms):
+            self.terms = msgspec.structs.replace(terms, heartbeat_ms=beat.heartbeat_ms, idle_ms=beat.idle_ms)
+
+    def on_load(self, now_ms: int, *, idle: bool, serves: bool) -> None:
+        """`idle`: there is nothing to report. `serves`: this peer has requests of that broker."""
+        beats = self.beats
+        if beats.idle and not idle:
+            beats.busy_at = now_ms
+        beats.idle, beats.serves = idle, serves
 
     def on_missing(self, behind: int, now_ms: int) -> None:
         """The token plane is `behind` beats behind the control plane."""
@@ -400,8 +435,8 @@ class LinkCore:
             self._fail(LinkProblem.SILENT, now_ms, text)
         elif now_ms - self._lost_at >= CUT_MS:
             self._fail(LinkProblem.LOST, now_ms, f"the connection was broken for {CUT_MS} ms")
-        elif now_ms >= self.beats.next_at:
-            self.beats.sent(now_ms, self.terms.heartbeat_ms)
+        elif now_ms >= self._beat_at:
+            self.beats.sent(now_ms)
             return True
         return False
 
@@ -414,7 +449,7 @@ class LinkCore:
             case LinkState.CLOSED:
                 return NEVER_MS
             case _:
-                return min(self.beats.next_at, self.heard_ms + self._silence_ms, self._lost_at + CUT_MS)
+                return min(self._beat_at, self.heard_ms + self._silence_ms, self._lost_at + CUT_MS)
 
     # --- what the owner sends ----------------------------------------------------------------------
 

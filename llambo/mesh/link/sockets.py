@@ -32,8 +32,11 @@ UNACKNOWLEDGED_MS = 2_000
 RECONNECT_MS = (20, 1_000)
 #: How long a closing socket may take to send its last messages.
 LINGER_MS = 200
-#: How long a handshake may take.
-HANDSHAKE_MS = 5_000
+#: How long a handshake may take. When a thousand peers with keys connect at once, each waits for those before it. With
+#: 5 s on a busy machine all of them gave up and began again, without an end.
+HANDSHAKE_MS = 15_000
+#: Connections that wait to be accepted (the kernel may allow fewer: net.core.somaxconn).
+BACKLOG = 4_096
 
 DEFAULT_PORT = 7330
 #: The ports of the other three sockets of a broker, relative to its client port.
@@ -70,6 +73,7 @@ def make(
     socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
     socket.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    socket.setsockopt(zmq.BACKLOG, BACKLOG)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
     if isinstance(curve, CurveServer):

@@ -139,15 +139,17 @@ PROCESS_METRICS = (
 )
 
 
-def descriptor_limit_reached() -> int:
-    """The limit of descriptors, if not one more can be opened now; else 0."""
+def descriptors() -> tuple[int, int]:
+    """How many are in use, about, and how many this process may have. A new one gets the lowest number that is free."""
     import resource  # noqa: PLC0415  # not on every system
 
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     try:
-        os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        number = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if error.errno == errno.EMFILE else 0
-    return 0
+        return (limit if error.errno == errno.EMFILE else 0), limit
+    os.close(number)
+    return number, limit
 
 
 def process_metrics_page() -> str:

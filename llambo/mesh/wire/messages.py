@@ -96,6 +96,8 @@ class WorkerHello(Message, frozen=True):
     state: WorkerState = "ready"
     #: The library that computes, with its version, for people. Unknown until it is loaded.
     library: Name = ""
+    #: It goes by `idle_ms` and by the intervals in heartbeats.
+    paced: bool = False
 
 
 class WorkerHeartbeat(Message, frozen=True):
@@ -238,6 +240,8 @@ class HostedModel(msgspec.Struct, frozen=True, omit_defaults=True):
     note: Annotated[str, Meta(max_length=256)] = ""
     #: The time until a failed model is tried again; 0: when it is asked for.
     retry_ms: Milliseconds = 0
+    #: Names of the adapters that it is served with: it can be asked for as `NAME+ADAPTER` as well.
+    adapters: Annotated[list[Name], Meta(max_length=limits.ADAPTERS)] = []
 
 
 class Memory(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -407,6 +411,8 @@ class Welcome(Message, frozen=True):
     lease_ms: Milliseconds = 2000
     #: To clients: pages are sent on request only. END is the only sign that an answer without `stream` is complete.
     pull: bool = False
+    #: To workers: the interval of heartbeats, in both directions, while nothing runs there; 0: the same as otherwise.
+    idle_ms: Milliseconds = 0
 
 
 class BrokerHeartbeat(Message, frozen=True):
@@ -423,6 +429,11 @@ class BrokerHeartbeat(Message, frozen=True):
     seq: Number = 0
     #: To clients: why a request of theirs waits, if there is more to say than its place; for people.
     notes: dict[RequestId, Annotated[str, Meta(max_length=256)]] = {}
+    #: To workers: the intervals of the welcome, as they are now; 0: unchanged.
+    heartbeat_ms: Milliseconds = 0
+    idle_ms: Milliseconds = 0
+    #: To workers: requests were dispatched to it that have not ended, as far as the broker knows.
+    busy: bool = False
 
 
 class Problem(Message, frozen=True):

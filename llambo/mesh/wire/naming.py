@@ -72,6 +72,11 @@ def has_adapter(name: str, names: Container[str]) -> bool:
     return PLUS in name and without_adapter(name) in names
 
 
+def is_listed_otherwise(name: str, names: Container[str]) -> bool:
+    """It is a model of these with a class or an adapter in its name: where memory is listed, the same once more."""
+    return is_in_class(name, names) or has_adapter(name, names)
+
+
 def is_adapter_name(adapter: str) -> bool:
     """It can be part of the name of a model, and of a list on a command line."""
     return adapter.isprintable() and 0 < len(adapter) <= limits.ADAPTER_CHARS and not set(adapter) & set("+@,=:/ ")

@@ -178,6 +178,10 @@ class MeshStatus(_Row, frozen=True, kw_only=True):
     identities: list[AccountRow] = []
     #: By name, since the broker started.
     counters: dict[str, int] = {}
+    #: The longest turn of the broker's loop in the last second.
+    turn_ms: int = 0
+    #: The broker does not keep up, and refuses new requests.
+    behind: bool = False
 
     @property
     def busy_slots(self) -> int:
@@ -230,6 +234,8 @@ class WorkerRow(_Row, frozen=True, kw_only=True):
     library: str = ""
     #: By the name of a model, what tells it from others of that name: `ModelVariant.fingerprint`.
     fingerprints: dict[str, str] = {}
+    #: How often it sends a message while nothing runs there; 0: something runs there, so it sends them often.
+    interval_ms: int = 0
 
     @property
     def plain_models(self) -> list[str]:

@@ -82,6 +82,7 @@ class Announcement:
                 pid=identity.pid,
                 state=state,
                 library=serving.library,
+                paced=True,
             )
             self._sent[link] = greeting, hello
         return hello

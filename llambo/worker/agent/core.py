@@ -53,6 +53,8 @@ class _Session:
     seq: int = 0
     #: Slots taken by runs of other brokers, as last reported to this one.
     busy: int = 0
+    #: The broker says that it has dispatched something that has not ended.
+    dispatched: bool = False
 
 
 class WorkerCore:
@@ -175,7 +177,7 @@ class WorkerCore:
 
     def _on_welcome(self, number: int, welcome: m.Welcome, now_ms: int) -> None:
         if self.links[number].on_welcome(welcome, now_ms):
-            self._sessions[number].seq = 0
+            self._sessions[number].seq, self._sessions[number].dispatched = 0, False
             self.orphans.on_welcome(number, now_ms)
 
     def _on_message(self, number: int, message: m.Message, blob: bytes, now_ms: int) -> None:
@@ -183,6 +185,10 @@ class WorkerCore:
         match message:
             case m.BrokerHeartbeat():
                 self._on_sequence(number, message.seq)
+                link.on_heartbeat(message)
+                if message.busy and not self._sessions[number].dispatched:
+                    link.beats.soon(now_ms)  # so that a dispatch that was lost is noticed
+                self._sessions[number].dispatched = message.busy
                 link.on_proof(message.echo, now_ms)
                 link.on_missing(link.beats.number - message.echo, now_ms)
             case m.Dispatch():
@@ -317,7 +323,11 @@ class WorkerCore:
             for number, link in self.links.items():
                 if self.runs.busy_elsewhere(number) != self._sessions[number].busy:
                     link.beats.soon(now_ms)  # a run of another broker has taken or freed a slot
+        quiet = self.engine.is_ready and not self.rate.last
         for number, link in self.links.items():
+            serves = self.runs.serves(number)
+            idle = quiet and not serves and not self._sessions[number].dispatched
+            link.on_load(now_ms, idle=idle, serves=serves)
             if now_ms >= link.next_wakeup_ms() and link.tick(now_ms):
                 self._beat(number, now_ms)
             if self._link_log.changed(link):

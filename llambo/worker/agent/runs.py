@@ -230,6 +230,10 @@ class RunTable:
     def orphans(self) -> list[Run]:
         return [run for run in self.runs.values() if run.orphan_at]
 
+    def serves(self, link: int) -> bool:
+        """Whether there is a run of this link."""
+        return any(run.link == link and not run.orphan_at for run in self.runs.values())
+
     def claims(self, link: int) -> dict[bytes, int]:
         return {run.key: run.tokens.end for run in self.of_link(link)}
 

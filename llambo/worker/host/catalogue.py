@@ -1,8 +1,9 @@
 """Which models a host can load, and the memory that each takes.
 
 What is named in `--models` is a folder, or whatever `--model` takes: a file, a name of llambo.toml, `hf:`, a package;
-with the fake engine `NAME[:MIB][:KIND][:MSms]`, a model without a file. A file of a folder is called what the file is
-called, without `.gguf`. Of two files with the same name the second one has the name of its folder before its own.
+with the fake engine `NAME[+ADAPTER...][:MIB][:KIND][:MSms]`, a model without a file. A file of a folder is called what
+the file is called, without `.gguf`; of two files with the same name the second one has the name of its folder before
+its own. Adapters among the files are served with the models that they belong to.
 
 The number of slots and the context are chosen here, as for a model that has the whole budget, and the engine gets them
 as they are. So a model takes the same memory whatever is loaded beside it, and its answers can move between hosts with
@@ -18,15 +19,17 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from llambo.mesh.service import host
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.messages import Kind
-from llambo.worker.config import RAM, WorkerConfig, mesh_name, shown_name
+from llambo.mesh.wire.naming import PLUS
+from llambo.worker.config import RAM, Adapter, WorkerConfig, mesh_name, shown_name
 from llambo.worker.host.host_events import StoredModel
 from llambo.worker.llama import dry_run
-from llambo.worker.models import gguf, model_files, placement
+from llambo.worker.models import adapters, gguf, model_files, placement
 from llambo.worker.models.purpose import purpose_of
 from llambo.worker.store import refs
 
@@ -36,6 +39,10 @@ MIB = 1024 * 1024
 #: What of the free memory stays free, if no budget is configured: the larger of both.
 MARGIN_BYTES, MARGIN_SHARE = placement.MARGIN_BYTES, placement.MARGIN_SHARE
 _FAKE = re.compile(r"(?P<name>[^:]+)(?::(?P<mib>\d+))?(?::(?P<kind>generate|embed|rerank))?(?::(?P<ms>\d+)ms)?")
+
+
+#: Path, size and time of a file.
+_Key = tuple[str, int, int]
 
 
 class BadName(Exception):
@@ -91,8 +98,12 @@ class Catalogue:
         #: What was not found in the last scan, and what was left out of it: it is logged once.
         self._missing: set[str] = set()
         self._left_out: set[str] = set()
-        #: What is known of each file, by its path, size and time.
-        self._known: dict[tuple[str, int, int], Servable | None] = {}
+        self._matches = adapters.Matches(aliases)
+        #: Of files that this scan has read.
+        self._headers: dict[_Key, gguf.ModelFile] = {}
+        #: What is known of each file, by its path, size and time; of a model also by its name and its adapters.
+        self._what: dict[_Key, Literal["model", "adapter", "part"]] = {}
+        self._known: dict[tuple[str, tuple[_Key, tuple[Adapter, ...]]], Servable] = {}
 
     @property
     def missing_refs(self) -> tuple[str, ...]:
@@ -103,10 +114,22 @@ class Catalogue:
     def scan(self) -> dict[str, Servable]:
         """By the name in the mesh. Raises BadName."""
         if self._template.engine == "fake":
-            models = [fake_model(name, self._template) for name in self._named]
-            return {each.stored.name: each for each in models}
-        found: dict[str, Servable] = {}
-        known: dict[tuple[str, int, int], Servable | None] = {}
+            fakes = [fake_model(name, self._template) for name in self._named]
+            return {each.stored.name: each for each in fakes}
+        models, adapter_files = self._sorted()
+        matched = self._matches.find({name: str(path) for name, (path, _) in models.items()}, adapter_files)
+        known = {}
+        for name, (path, key) in models.items():
+            mine = key, matched[name]
+            known[name, mine] = self._known.get((name, mine)) or _called(self._look_at(path, key, matched[name]), name)
+        self._known = known
+        self._headers.clear()
+        return {name: servable for (name, _), servable in known.items()}
+
+    def _sorted(self) -> tuple[dict[str, tuple[Path, _Key]], dict[str, str]]:
+        """The files of models, and those of adapters, by their names."""
+        models: dict[str, tuple[Path, _Key]] = {}
+        adapter_files: dict[str, str] = {}
         left_out: list[str] = []
         for name, path in self._files():
             try:
@@ -114,23 +137,34 @@ class Catalogue:
             except OSError:  # it was removed a moment ago
                 continue
             key = (str(path), info.st_size, info.st_mtime_ns)
-            known[key] = self._known[key] if key in self._known else self._look_at(path)
-            servable = known[key]
-            if servable is None:
+            what = self._what_it_is(path, key)
+            if what == "adapter" and _is_text(str(path)):
+                adapter_files.setdefault(name, str(path))
+            if what != "model":
                 continue
-            unique = name if name not in found else shown_name(f"{path.parent.name}/{name}")
-            if unique in found:
+            unique = name if name not in models else shown_name(f"{path.parent.name}/{name}")
+            if unique in models:
                 left_out.append(f"{path} is not served: there are other models called {name} and {unique}")
-            elif len(found) >= limits.MODELS_PER_HOST:
+            elif len(models) >= limits.MODELS_PER_HOST:
                 left_out.append(f"{path} is not served: a host has at most {limits.MODELS_PER_HOST} models")
                 break
             else:
-                found[unique] = _called(servable, unique)
+                models[unique] = path, key
         for text in left_out:
             if text not in self._left_out:
                 log.warning("%s", printable(text))
-        self._known, self._left_out = known, set(left_out)
-        return found
+        self._left_out = set(left_out)
+        return models, adapter_files
+
+    def _what_it_is(self, path: Path, key: _Key) -> Literal["model", "adapter", "part"]:
+        if key not in self._what:
+            try:
+                file = self._headers[key] = gguf.read(str(path))
+                part = bool(model_files.part_of_another(file))
+                self._what[key] = "adapter" if file.is_adapter else "part" if part else "model"
+            except (gguf.BadModelFile, OSError):
+                self._what[key] = "model"  # which cannot be loaded
+        return self._what[key]
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         """Each file once, in the order of the names."""
@@ -158,18 +192,13 @@ class Catalogue:
             found = model_files.resolve(named, self._aliases)
             yield found.served_as, found.path
 
-    def _look_at(self, path: Path) -> Servable | None:
-        """None: it is no model of its own."""
-        config = replace(self._template, model=str(path))
+    def _look_at(self, path: Path, key: _Key, its: tuple[Adapter, ...]) -> Servable:
+        config = replace(self._template, model=str(path), llama=replace(self._template.llama, adapters=its))
         if not _is_text(str(path)):  # it could not be sent to an engine
             return Servable(StoredModel("", refusal="the name of its file is not UTF-8; rename it"), config)
         try:
-            file = gguf.read(str(path))
-            if model_files.part_of_another(file):
-                return None
-            if self._room.gpus:
-                return self._measure(config, file)
-            return self._estimate(config, file)
+            file = self._headers.get(key) or gguf.read(str(path))
+            return self._measure(config, file) if self._room.gpus else self._estimate(config, file)
         except (gguf.BadModelFile, dry_run.DryRunError, OSError) as error:
             return Servable(StoredModel("", refusal=str(error)), config)
 
@@ -197,6 +226,8 @@ class Catalogue:
         chosen, budget = answer.placement, self._room.budget
         needs = {RAM: chosen.host_bytes}
         needs |= {share.name: share.used_bytes for share in chosen.shares if share.name in budget}
+        more = model_files.adapter_bytes(config.llama)  # each layer has its part where the layer is
+        needs = {name: size + more for name, size in needs.items()}
         layers = config.llama.gpu_layers if chosen.host_experts else chosen.layers
         fixed = replace(config.llama, slots=chosen.slots, context=answer.context, fewer_slots=False, gpu_layers=layers)
         return Servable(StoredModel("", purpose.kind, needs, purpose.problem), replace(config, llama=fixed))
@@ -210,10 +241,13 @@ def fake_model(text: str, template: WorkerConfig) -> Servable:
     size = int(parts["mib"] or 0) * MIB
     kinds: dict[str, Kind] = {"generate": "generate", "embed": "embed", "rerank": "rerank"}
     kind = kinds[parts["kind"]] if parts["kind"] else template.fake.kind
-    fake = replace(template.fake, memory_bytes=size, load_ms=int(parts["ms"] or template.fake.load_ms), kind=kind)
-    config = replace(template, model=parts["name"], fake=fake)
-    stored = StoredModel("", kind, {RAM: size})
-    return _called(Servable(stored, config), mesh_name(parts["name"]))
+    model, *names = parts["name"].split(PLUS)
+    fake = replace(
+        template.fake, memory_bytes=size, load_ms=int(parts["ms"] or template.fake.load_ms), kind=kind,
+        adapters=tuple(Adapter(name, name) for name in names),
+    )  # fmt: skip
+    config = replace(template, model=model, fake=fake)
+    return _called(Servable(StoredModel("", kind, {RAM: size}), config), mesh_name(model))
 
 
 def is_folder(named: str, aliases: Mapping[str, str]) -> bool:
@@ -257,8 +291,6 @@ def _is_text(path: str) -> bool:
 
 
 def _called(servable: Servable, name: str) -> Servable:
-    stored = servable.stored
-    return Servable(
-        StoredModel(name, stored.kind, stored.needs, printable(stored.refusal)[:256]),
-        replace(servable.config, served_as=name),
-    )
+    stored, config = servable.stored, replace(servable.config, served_as=name)
+    its = tuple(adapter.name for adapter in config.adapters)
+    return Servable(StoredModel(name, stored.kind, stored.needs, printable(stored.refusal)[:256], its), config)

@@ -29,6 +29,8 @@ class StoredModel(msgspec.Struct, frozen=True):
     #: Bytes of each kind of memory that it takes when it is loaded.
     needs: dict[str, int] = {}
     refusal: str = ""
+    #: Names of the adapters that are loaded with it.
+    adapters: tuple[str, ...] = ()
 
 
 class ModelsFound(msgspec.Struct, frozen=True):

@@ -74,6 +74,8 @@ class ModelAtHost:
     used_at: int = 0
     #: What it takes while it is loaded. The catalogue may say something else since then.
     takes: Sizes = field(default_factory=dict)
+    #: Those that it was loaded with. One that is added later is served when it is loaded again.
+    adapters: tuple[str, ...] = ()
     #: Of the kinds of memory that were measured while it was loaded: what this file needs, with these settings.
     measured: Sizes = field(default_factory=dict)
     #: The refusals of its worker that are known.
@@ -134,6 +136,7 @@ class ModelAtHost:
             holders=list(self.holders),
             load_ms=history.took_ms,
             loads=history.loads,
+            adapters=list(self.adapters if self.loaded else self.stored.adapters),
             note=(refusal or history.problem)[:256],
             # 0 would mean that it can never be loaded.
             retry_ms=max(1, history.retry_at - now_ms) if state == "failed" and not refusal else 0,

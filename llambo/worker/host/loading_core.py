@@ -346,6 +346,7 @@ class Loading:
     def _load(self, model: ModelAtHost, takes: Sizes, now_ms: int) -> None:
         self._step(model, "loading")
         model.takes, model.history.started_at = takes, now_ms
+        model.adapters = model.stored.adapters
         self._out.append(Log(f"{model.name}: loading, {in_mib(model.needs)}"))
         self._out.append(StartWorker(model.name, model.worker))
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.naming import PLUS, is_adapter_name, with_adapter
 from llambo.worker.config import Adapter, mesh_name
 from llambo.worker.models import gguf
@@ -27,10 +29,6 @@ _KINDS = {"general.type": gguf.STRING, "adapter.type": gguf.STRING, "adapter.lor
 
 class BadAdapter(Exception):
     """An adapter that cannot be used as it was named; the text says why."""
-
-
-def is_adapter(file: ModelFile) -> bool:
-    return file.meta.get("general.type") == "adapter"
 
 
 def named(text: str) -> tuple[Adapter, ...]:
@@ -90,7 +88,7 @@ def shapes_of(base: str) -> dict[str, tuple[int, ...]]:
 
 
 def misfit(file: ModelFile, base: ModelFile, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if not is_adapter(file):
+    if not file.is_adapter:
         return "it is no adapter (general.type)"
     for key, kind in _KINDS.items():
         if file.kinds.get(key, kind) != kind:
@@ -132,16 +130,87 @@ def _misfit_of_tensors(file: ModelFile, shapes: Mapping[str, tuple[int, ...]]) -
     return ""
 
 
-def belongs_to(
-    file: ModelFile, bases: Mapping[str, ModelFile], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
-) -> list[str]:
-    """The models, by name, that an adapter in a folder is served with: those that it fits.
+class _Match(NamedTuple):
+    problem: str
+    #: The adapter says that it was made for this model.
+    named: bool = False
 
-    If it says which model it was made for (`general.base_model`), and that is among them, only this one.
+
+class Matches:
+    """Which adapters a host serves with which models.
+
+    One of a folder belongs to the models that it fits. If it says which one it was made for (`general.base_model`), and
+    that is among them, only to this one. Each pair of files is compared once, and each warning is logged once.
     """
-    fitting = [name for name, base in bases.items() if not misfit(file, base, shapes[name])]
+
+    def __init__(self, aliases: Mapping[str, str]) -> None:
+        self._aliases = aliases
+        self._known: dict[tuple[tuple[str, int, int], tuple[str, int, int]], _Match] = {}
+        self._warned: set[str] = set()
+
+    def find(self, models: Mapping[str, str], files: Mapping[str, str]) -> dict[str, tuple[Adapter, ...]]:
+        """`models`, `files`: the path of each model and adapter, by its name."""
+        found: dict[str, dict[str, str]] = {model: {} for model in models}
+        for name, path in files.items():
+            pairs = {model: self._match(path, base) for model, base in models.items()}
+            fitting = [model for model, match in pairs.items() if not match.problem]
+            for model in [model for model in fitting if pairs[model].named] or fitting:
+                self._add(found[model], model, name, path)
+            if not fitting:
+                reasons = {match.problem for match in pairs.values()}
+                why = reasons.pop() if len(reasons) == 1 else "it fits none of the models"
+                self._warn(f"the adapter {path} is not served: {why}")
+        for alias, target in self._aliases.items():
+            model, plus, name = alias.rpartition(PLUS)
+            if not plus or model not in models:
+                continue
+            try:
+                path = str(_file(target))
+            except NoSuchModel as error:
+                self._warn(str(error))
+                continue
+            if problem := self._match(path, models[model]).problem:
+                self._warn(f"the adapter {alias} is not served: {problem}")
+            else:
+                self._add(found[model], model, name, path)
+        return {model: tuple(Adapter(*each) for each in sorted(its.items())) for model, its in found.items()}
+
+    def _add(self, its: dict[str, str], model: str, name: str, path: str) -> None:
+        if not is_adapter_name(name) or len(with_adapter(model, name)) > limits.NAME_CHARS:
+            self._warn(f"the adapter {path} is not served: {with_adapter(model, name)!r} is not a name for it")
+        elif name not in its and len(its) >= limits.ADAPTERS:
+            self._warn(f"the adapter {path} is not served: a model has at most {limits.ADAPTERS}")
+        else:
+            its[name] = path
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning("%s", printable(text))
+
+    def _match(self, path: str, base: str) -> _Match:
+        try:
+            key = _key(path), _key(base)
+            if key not in self._known:
+                self._known[key] = _compare(path, base)
+            return self._known[key]
+        except OSError as error:  # it was removed a moment ago
+            return _Match(str(error))
+
+
+def _key(path: str) -> tuple[str, int, int]:
+    info = Path(path).stat()
+    return path, info.st_size, info.st_mtime_ns
+
+
+def _compare(path: str, base: str) -> _Match:
+    try:
+        file, model = gguf.read(path), gguf.read(base)
+        problem = misfit(file, model, shapes_of(base))
+    except BadModelFile as error:
+        return _Match(str(error))
+    own = {mesh_name(base), str(model.meta.get("general.name", ""))} - {""}
     made_for = {
         str(file.meta.get(f"general.base_model.0.{key}", "")).rpartition("/")[2] for key in ("name", "repo_url")
     }
-    own = [name for name in fitting if {name, str(bases[name].meta.get("general.name", ""))} & (made_for - {""})]
-    return own or fitting
+    return _Match(problem, bool(own & made_for))

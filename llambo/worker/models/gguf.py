@@ -72,6 +72,10 @@ class ModelFile:
     def architecture(self) -> str:
         return str(self.meta.get("general.architecture", "unknown"))
 
+    @property
+    def is_adapter(self) -> bool:
+        return self.meta.get("general.type") == "adapter"
+
     def number(self, key: str, default: int = 0) -> int:
         """The number of a key of the architecture. Of a list (one for each layer) the largest."""
         value = self.meta.get(f"{self.architecture}.{key}", default)

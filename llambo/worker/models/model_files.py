@@ -353,6 +353,7 @@ class Found:
     trained_context: int = 0
     problem: str = ""
     kind: str = "generate"
+    is_adapter: bool = False
 
 
 def on_this_host(
@@ -360,6 +361,7 @@ def on_this_host(
     aliases: Mapping[str, str] = NO_ALIASES,
 ) -> list[Found]:  # fmt: skip
     """Each file once, even if it is reachable in several ways; under each of its names if there are links to it.
+    Adapters are not listed: they are served with the models that they belong to.
 
     `missing`: why none can be loaded, if that is so. `device_bytes`: the free memory of GPUs, which comes on top.
     """
@@ -373,7 +375,7 @@ def on_this_host(
             found.append(
                 look_at(model, path, where, options or LlamaOptions(fewer_slots=True), free_bytes, cores, missing)
             )
-    return found
+    return [each for each in found if not each.is_adapter]
 
 
 def look_at(
@@ -394,6 +396,7 @@ def look_at(
     return Found(
         model, str(path), where, sum(part.stat().st_size for part in parts(path)), file.architecture,
         quantisation=_quantisation(file), trained_context=file.trained_context, problem=problem, kind=purpose.kind,
+        is_adapter=file.is_adapter,
     )  # fmt: skip
 
 

@@ -110,5 +110,6 @@ function sentence(mesh, now) {
   const { ended = 0, failed = 0 } = numbers.counters ?? {};
   const done = ended ? `${many(ended, "request")} done${failed ? `, ${count(failed)} of them failed` : ""}` : "";
   const fake = (numbers.models ?? []).some((model) => model.fake) ? "the fake engine makes words up" : "";
-  return [fake, running, waiting, ...notes, done, `up for ${duration(now - numbers.since)}`].filter(Boolean).join(" · ");
+  const behind = numbers.behind ? "the broker does not keep up, new requests are refused" : "";
+  return [behind, fake, running, waiting, ...notes, done, `up for ${duration(now - numbers.since)}`].filter(Boolean).join(" · ");
 }

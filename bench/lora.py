@@ -1,4 +1,4 @@
-"""Adapters (LoRA) for tests: real files with random matrices, which change what a model writes."""
+"""Adapters (LoRA) for tests and measurements: real files with random matrices, which change what a model writes."""
 
 from __future__ import annotations
 
