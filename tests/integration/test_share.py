@@ -92,7 +92,8 @@ def test_one_downloads_it_and_the_rest_get_it_from_each_other_whatever_goes_wron
         site.start(name, fault)
     site.ready()
     goes_on = Event()
-    hub.after_block = lambda: goes_on.wait(TIMEOUT_S) if hub.sent > 16 * MIB else None
+    # Slow, and not silent: a host reports how far it is with what arrives.
+    hub.after_block = lambda: goes_on.wait(0.3) if hub.sent > 16 * MIB else None
     admin = key_of(keys, "ops", "admin")
 
     with SyncClient(site.mesh.address, key=admin) as client:
@@ -103,8 +104,9 @@ def test_one_downloads_it_and_the_rest_get_it_from_each_other_whatever_goes_wron
         def in_the_middle() -> bool:
             nonlocal downloader
             reply = client.pull_model(NAME, poll=True)
-            downloader = next((host.host for host in reply.hosts if host.outside > 9 * MIB), "")
-            return bool(downloader) and all(host.bytes >= 8 * MIB for host in reply.hosts if host.host[0] == "h")
+            downloader = next((host.host for host in reply.hosts if host.outside), "")
+            others = [host for host in reply.hosts if host.host[0] == "h" and host.host != downloader]
+            return bool(downloader) and all(host.bytes >= 8 * MIB for host in others)
 
         site.until(in_the_middle, "no host has some of it from another")
         site.hosts[downloader].kill()
@@ -113,7 +115,10 @@ def test_one_downloads_it_and_the_rest_get_it_from_each_other_whatever_goes_wron
 
         # Then all that are left have it, and about as many bytes came from outside as the file has
         site.until(lambda: all(site.has_it(name) for name in left), "not all have it")
-        reply = client.pull_model(NAME, poll=True)
         extra = hub.sent - len(CONTENT)
-        assert extra < 14 * MIB, f"{extra} bytes too many came from outside"
-        assert {host.host for host in reply.hosts if host.state != "here"} <= {downloader}, reply
+        assert extra < 10 * MIB, f"{extra} bytes too many came from outside"
+
+        def missing() -> set[str]:
+            return {host.host for host in client.pull_model(NAME, poll=True).hosts if host.state != "here"}
+
+        site.until(lambda: missing() <= {downloader}, "not all have reported it")

@@ -93,6 +93,17 @@ def test_a_host_that_has_sent_wrong_bytes_does_not_go_on_for_another() -> None:
     assert b.order.outside and not a.order.outside
 
 
+def test_who_was_stuck_before_another_had_it_gets_it_there() -> None:
+    bench = Bench(**NEVER_LOST)
+    a, b, c = three(bench)
+    a.has("stuck", 50)
+    c.has("here", 100)
+    assert not a.order.outside and a.sources == ["c"]
+    # ... and from outside if it is of no use
+    bench.pass_time(files.LOOK_MS + 500)
+    assert a.order.outside and not b.order.outside
+
+
 def test_nothing_is_downloaded_if_a_host_has_it() -> None:
     bench = Bench(**NEVER_LOST)
     a, b = Sharing(bench, "a"), Sharing(bench, "b")

@@ -29,7 +29,7 @@ from llambo.mesh.wire.errors import Code, ErrorInfo
 PULLS = 32
 #: A pull that is done is forgotten when it was not asked about for so long; one that is not done, after a day.
 DONE_MS, OLD_MS = 60_000, 86_400_000
-#: For so long it is waited for the answers of hosts that may have it.
+#: For so long it is waited for the answers of hosts that may have it, and for those that are stuck to ask a new one.
 LOOK_MS = 3_000
 #: A host that downloads and is lost is waited for: it may come back, and then nothing is downloaded twice.
 LOST_MS = 2_000
@@ -171,11 +171,17 @@ def _appoint(state: State, pull: Pull, now_ms: int) -> None:
             return
     pull.lost_at = 0
     wanting, whole = _wanting(state, pull), _whole(state, pull)
+    names = frozenset(host.name for host in whole)
+    if names - pull.whole:
+        pull.whole_at = now_ms
+    pull.whole = names
     stuck = [host for host in wanting if _file(host, pull).state == "stuck"]
     appointed = next((host for host in wanting if host.name == pull.outside), None)
     if appointed is not None and (not whole or pull.because_stuck):
         return
     pull.outside, pull.because_stuck = "", bool(whole)
+    if whole and now_ms - pull.whole_at < LOOK_MS:
+        return  # one that was stuck until then has not looked there yet
     asking = stuck if whole else wanting
     may_have = [host for host in state.hosts.sessions.values() if host.hello.share and host.hello.fetches]
     unknown = any(pull.ref not in host.files for host in may_have) and now_ms - pull.since < LOOK_MS

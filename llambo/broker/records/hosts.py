@@ -124,6 +124,9 @@ class Pull:
     outside: str = ""
     lost_at: int = 0
     because_stuck: bool = False
+    #: The hosts that have all of it and give it away, and when the last of them came.
+    whole: frozenset[str] = frozenset()
+    whole_at: int = 0
     #: By the sessions of the host that gives and of the one that gets.
     tickets: dict[tuple[bytes, bytes], bytes] = field(default_factory=dict)
 
