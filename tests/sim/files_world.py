@@ -52,6 +52,8 @@ class FilesWorld:
         self.now = 0
         self.chunks = self.chance.randint(1, 60)
         self.loss = self.chance.choice((0.0, 0.0, 0.05, 0.2))
+        #: How often there is no grant. A refusal has a host ask anew, also for what was lost, so that some worlds have none.
+        self.ungranted = self.chance.choice((0.0, 0.05))
         self.wrong: list[str] = []
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._number = count()
@@ -97,7 +99,7 @@ class FilesWorld:
         # The grants of a broker, which may be late, and end for a while. The first host is named first.
         others = [other for other in self.hosts.values() if other is not host and other.alive]
         given = [FileGrant(self.tickets[name, other.name], "hf:a/b", other.name) for other in others]
-        host.grants.replace(tuple(each for each in given if self.chance.random() < 0.95))
+        host.grants.replace(tuple(each for each in given if self.chance.random() >= self.ungranted))
         if not host.fault and len(host.file) < self.chunks and name != "h0":
             self._perform(host, host.core.on_hosts([other.name for other in others], self.now))
             self._perform(host, host.core.on_time(self.now))
