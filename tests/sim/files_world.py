@@ -52,7 +52,7 @@ class FilesWorld:
         self.now = 0
         self.chunks = self.chance.randint(1, 60)
         self.loss = self.chance.choice((0.0, 0.0, 0.05, 0.2))
-        #: How often there is no grant. A refusal has a host ask anew, also for what was lost, so that some worlds have none.
+        #: How often there is no grant. A refused host asks anew, also for what was lost: so some worlds have none.
         self.ungranted = self.chance.choice((0.0, 0.05))
         self.wrong: list[str] = []
         self._events: list[tuple[int, int, Callable[[], None]]] = []
