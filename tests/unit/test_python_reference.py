@@ -52,8 +52,8 @@ def test_nothing_private_and_nothing_empty_is_shown() -> None:
 @pytest.mark.parametrize(
     ("kind", "base", "renamed"),
     [
-        (llambo.SyncClient, llambo.Client, set()),
-        # It is called in the thread of the client, where a program without asyncio has nothing to do.
+        # These are called in the thread of the client, where a program without asyncio has nothing to do.
+        (llambo.SyncClient, llambo.Client, {"on_wait"}),
         (llambo.SyncStream, llambo.Stream, {"aclose", "on_place"}),
     ],
 )

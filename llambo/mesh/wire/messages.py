@@ -55,11 +55,11 @@ Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 Kind = Literal["generate", "embed", "rerank"]
 
 
-def _tag(name: str) -> str:
+def snake_case(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-class Message(msgspec.Struct, tag_field="type", tag=_tag, omit_defaults=True, frozen=True, gc=False):
+class Message(msgspec.Struct, tag_field="type", tag=snake_case, omit_defaults=True, frozen=True, gc=False):
     """Base class of the messages in a control bundle."""
 
 

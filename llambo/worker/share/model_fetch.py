@@ -237,7 +237,7 @@ class ModelFetch:
         socket.connect(source.address)
         return _Connection(socket, clock.now_ms())
 
-    def _send(self, source: m.FileSource, question: m.Message) -> bool:
+    def _send(self, source: m.FileSource, question: s.FileMessage) -> bool:
         """False: it is not connected, and has to be asked again."""
         there = self._hosts[source]
         try:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.messages import Message, Ref, Ticket
+from llambo.mesh.wire.messages import Ref, Ticket, snake_case
 
 #: Checksums in one answer: those of 128 GiB.
 SUMS = 32_768
@@ -45,11 +45,15 @@ class SharedModel(msgspec.Struct, frozen=True):
     manifest: Annotated[bytes, Meta(max_length=MANIFEST_BYTES)] = b""
 
 
-class AskModel(Message, frozen=True):
+class FileMessage(msgspec.Struct, tag_field="type", tag=snake_case, frozen=True):
+    """Base class of these messages. They are in no control bundle."""
+
+
+class AskModel(FileMessage, frozen=True):
     ticket: Ticket
 
 
-class AskSums(Message, frozen=True):
+class AskSums(FileMessage, frozen=True):
     """The checksums of the chunks of a file, from this one on."""
 
     ticket: Ticket
@@ -57,17 +61,17 @@ class AskSums(Message, frozen=True):
     first: Number = 0
 
 
-class AskChunk(Message, frozen=True):
+class AskChunk(FileMessage, frozen=True):
     ticket: Ticket
     sha256: Sha256
     number: Number
 
 
-class ModelFiles(Message, frozen=True):
+class ModelFiles(FileMessage, frozen=True):
     model: SharedModel
 
 
-class Sums(Message, frozen=True):
+class Sums(FileMessage, frozen=True):
     """Those of the chunks that are there: more may follow later."""
 
     sha256: Sha256
@@ -75,12 +79,12 @@ class Sums(Message, frozen=True):
     sums: Annotated[bytes, Meta(max_length=SUMS * SUM_BYTES)]
 
 
-class Chunk(Message, frozen=True):
+class Chunk(FileMessage, frozen=True):
     sha256: Sha256
     number: Number
 
 
-class NotGiven(Message, frozen=True):
+class NotGiven(FileMessage, frozen=True):
     """It is not given: there is no such grant, or no such file any more."""
 
     text: Annotated[str, Meta(max_length=256)]
