@@ -38,7 +38,7 @@ NOTICED_BY = {
     "whole results": 20,
     "newer state of the client": 92,
     "abandoned is not ended": 92,
-    "no END that is out of date": 6,
+    "no END that is out of date": 974,
     "poison is ended": 20,
     "one suspect on an engine": 62,
     "one suspect of all brokers": 784,
