@@ -142,6 +142,12 @@ GUARDS: dict[str, Guard] = {
     "an adapter is part of the fingerprint": Guard(
         "llambo.mesh.wire.naming", "{PLUS}{sha256[:_ADAPTER_DIGITS]}", "{PLUS}{'0' * _ADAPTER_DIGITS}"
     ),
+    "tokens wait for their file": Guard(
+        "llambo.mesh.client.client_requests",
+        "return self.complete or (self.place.known and not self.whole)",
+        "return self.complete or not self.whole",
+        brokers=2,
+    ),
     "without a name no adapter is meant": Guard(
         "llambo.broker.requests.model_names",
         "found = [model for model in found if not has_adapter(model, found)]",

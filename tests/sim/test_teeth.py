@@ -54,6 +54,7 @@ NOTICED_BY = {
     "a seal is for one worker": 201,
     "no partial result": 46,
     "an adapter is part of the fingerprint": 69,
+    "tokens wait for their file": 519,
     "without a name no adapter is meant": 19,
     "budget of a host": 2,
     "what was measured counts, and no less": 7,

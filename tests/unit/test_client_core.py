@@ -99,7 +99,7 @@ class Bench:
     def run(self) -> None:
         """Until a request is running."""
         self.up().submit()
-        self.receive(m.Accepted(ID))
+        self.receive(m.Accepted(ID, fingerprint="f00d"))
         self.sent.clear()
 
     def step(self) -> RequestState:
@@ -263,8 +263,46 @@ class TestSubmitting:
         prompt, held = transfer.unpack(sent.blob or b"", 6)
         assert (prompt, tokens.ids_of(held)) == (b"prompt", [0, 1, 2])
         # and goes on where it was; what came early on the old link is dropped, since this broker's answer may differ
-        bench.receive(m.Accepted(ID))
+        bench.receive(m.Accepted(ID, fingerprint="f00d"))
         assert delivered(bench.tokens(2, 2)) == [3]
+
+    def test_tokens_wait_until_it_is_known_which_file_they_are_of(self, bench: Bench) -> None:
+        # Given a request that waited, and tokens whose `accepted` was lost
+        bench.up().submit()
+        bench.receive(m.Accepted(ID, 0, "tiny"))
+        bench.sent.clear()
+        assert delivered(bench.tokens(0, 2)) == []
+        # Then the broker is asked again, but not with each token
+        assert delivered(bench.tokens(2)) == []
+        (again,) = bench.sent_since()
+        assert isinstance(again, m.InferenceRequest) and again.resume and again.have == 2
+        # ... and with its answer they are delivered
+        assert delivered(bench.receive(m.Accepted(ID, 0, "tiny", "f00d"))) == [0, 1, 2]
+
+    def test_a_model_without_a_fingerprint_is_asked_about_once(self, bench: Bench) -> None:
+        bench.up().submit()
+        bench.receive(m.Accepted(ID, 0, "tiny"))
+        bench.tokens(0)
+        assert delivered(bench.receive(m.Accepted(ID, 0, "tiny"))) == [0]
+        bench.sent.clear()
+        assert delivered(bench.tokens(1)) == [1]
+        assert bench.sent_since() == []
+
+    def test_what_was_not_delivered_is_not_continued_by_the_next_broker(self, bench: Bench) -> None:
+        bench.up().submit()
+        bench.receive(m.Accepted(ID, 0, "tiny"))
+        bench.tokens(0, 2)
+        bench.lose()
+        bench.up(1)
+        sent = [a.message for a in bench.actions if isinstance(a, Send) and isinstance(a.message, m.InferenceRequest)]
+        assert (sent[-1].have, sent[-1].fingerprint) == (0, "")
+        bench.receive(m.Accepted(ID, 0, "tiny", "beef"))
+        assert delivered(bench.tokens(0)) == [0]
+
+    def test_an_end_is_complete_without_it(self, bench: Bench) -> None:
+        bench.up().submit()
+        bench.tokens(0, 2)
+        assert delivered(bench.receive(m.End(ID, 2, "stop"))) == [0, 1]
 
     def test_what_arrives_late_on_a_lost_link_does_not_count(self, bench: Bench) -> None:
         bench.run()
@@ -275,7 +313,7 @@ class TestSubmitting:
     def test_a_follower_says_what_it_holds_too(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.AttachAsked(ID))
-        bench.receive(m.Accepted(ID))
+        bench.receive(m.Accepted(ID, fingerprint="f00d"))
         bench.tokens(0, 2)
         bench.lose()
         bench.sent.clear()
@@ -308,7 +346,7 @@ class TestSubmitting:
         bench.up()
         bench.handle(e.AttachAsked(ID, 7))
         assert bench.sent_since() == [m.Attach(ID, 7)]
-        bench.receive(m.Accepted(ID))
+        bench.receive(m.Accepted(ID, fingerprint="f00d"))
         assert delivered(bench.tokens(7)) == [7]
 
     def test_what_was_submitted_from_here_is_submitted_again_where_it_is_unknown(self, bench: Bench) -> None:
@@ -450,7 +488,7 @@ class TestRepair:
         bench.tokens(5)
         bench.wait(RESEND_MS[0] - 1)
         assert bench.sent_since() == []
-        bench.receive(m.Accepted(ID))
+        bench.receive(m.Accepted(ID, fingerprint="f00d"))
         bench.wait(TAIL_GRACE_MS)
         assert bench.sent_since() == [m.Replay(ID, 0, 5)]
 
@@ -464,7 +502,7 @@ class TestWithoutStream:
     def test_the_answer_follows_its_end(self, bench: Bench) -> None:
         # Given a request that wants no stream
         bench.up().submit(stream=False)
-        bench.receive(m.Accepted(ID))
+        bench.receive(m.Accepted(ID, fingerprint="f00d"))
         bench.sent.clear()
         bench.heartbeat(progress=10)
         bench.wait(1_000)
@@ -544,7 +582,7 @@ class TestCancelling:
         bench.welcome(1)
         bench.sent.clear()
         bench.heartbeat()
-        assert bench.sent_since() == [m.InferenceRequest(ID, resume=True), m.Cancel(ID)]
+        assert bench.sent_since() == [m.InferenceRequest(ID, resume=True, fingerprint="f00d"), m.Cancel(ID)]
 
 
 class TestSlowReader:

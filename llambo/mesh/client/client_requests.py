@@ -74,6 +74,8 @@ class QueuePlace:
     ahead: int = -1
     model: str = ""
     fingerprint: str = ""
+    #: The fingerprint is known, or the model has none.
+    known: bool = False
     #: It was admitted when another client submitted it.
     before: bool = False
     #: For the next broker: that this one has admitted it.
@@ -128,6 +130,8 @@ class Request:
     #: What to submit if the broker does not know a request to attach to.
     again: tuple[m.InferenceRequest, bytes] | None = None
     repair: RepairState = field(default_factory=RepairState)
+    #: When this broker was asked again which file its tokens are of; 0: never.
+    asked_at: int = 0
 
     @property
     def mine(self) -> bool:
@@ -161,6 +165,11 @@ class Request:
         if gap is not None:
             return gap[1]
         return self.repair.known if self.repair.known > self.tokens.next_index else 0
+
+    @property
+    def deliverable(self) -> bool:
+        """Its tokens may be delivered: should this broker be lost, the next one learns of which file they are."""
+        return self.complete or (self.place.known and not self.whole)
 
     @property
     def complete(self) -> bool:

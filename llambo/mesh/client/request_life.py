@@ -134,13 +134,13 @@ class Requests:
         for request in self.live.values():
             if request.state is not RequestState.WAITING:
                 request.enter(RequestState.WAITING)
-            request.end, request.tries = None, 0
+            request.end, request.tries, request.asked_at = None, 0, 0
             request.repair.forget()
             # The next broker may not know this answer, and continue it in another way.
             request.repair.known = 0
             request.tokens.forget_stash()
-            if request.whole:
-                request.tokens = Reassembly()
+            if request.whole or not request.place.known:  # nothing of it has been delivered
+                request.tokens = Reassembly(request.tokens.base)
             self._timers.clear(request.id)
             self.waiting[request.id] = request
 
@@ -231,15 +231,17 @@ class Requests:
         request.place.model = accepted.model or request.place.model
         request.place.proof = accepted.proof or request.place.proof
         before, request.place.fingerprint = request.place.fingerprint, accepted.fingerprint or request.place.fingerprint
+        # (Without a fingerprint: it is not running yet, or, if tokens were here when this was asked, it has none.)
+        request.place.known = request.place.known or bool(accepted.fingerprint or request.asked_at)
         self._place(request, accepted.ahead, found=is_fake(request.place.fingerprint) != is_fake(before))
-        if request.state is not RequestState.SUBMITTED:
-            return
-        if not request.reader.follow:
-            self._detach(request)
-            return
-        request.enter(RequestState.RUNNING)
-        self._timers.clear(request.id)
-        self._repair.wait_for(request, request.tokens.seen_index, now_ms)
+        if request.state is RequestState.SUBMITTED:
+            if not request.reader.follow:
+                self._detach(request)
+                return
+            request.enter(RequestState.RUNNING)
+            self._timers.clear(request.id)
+            self._repair.wait_for(request, request.tokens.seen_index, now_ms)
+        self._settle(request, now_ms)
 
     def on_end(self, end: m.End, now_ms: int) -> None:
         request = self.live.get(end.id)
@@ -351,7 +353,7 @@ class Requests:
 
     def _settle(self, request: Request, now_ms: int) -> None:
         """Deliver the tokens that are in order. Then end the request if it is complete, or look after a gap."""
-        ids, pieces = request.tokens.take() if request.complete or not request.whole else ([], [])
+        ids, pieces = request.tokens.take() if request.deliverable else ([], [])
         if ids and request.reader.wanted:
             logprobs = request.tokens.take_logprobs(len(ids)) if request.tokens.logprobs else NO_LOGPROBS
             self._out.append(e.DeliverTokens(request.id, ids, pieces, logprobs))
@@ -359,6 +361,18 @@ class Requests:
             self._finish(request, request.end)
         elif request.tokens.stash:
             self._repair.wait_for(request, request.tokens.seen_index, now_ms)
+        if not request.place.known and request.state is RequestState.RUNNING:
+            self._ask_which_file(request, now_ms)
+
+    def _ask_which_file(self, request: Request, now_ms: int) -> None:
+        """Tokens are here, and the message that says which file they are of was lost: the answer to a submit has it."""
+        wanted = request.reader.wanted and not request.whole and request.tokens.next_index > request.tokens.base
+        if wanted and (not request.asked_at or now_ms - request.asked_at >= RESEND_MS[0]):
+            self.counters.resends += 1
+            request.asked_at = now_ms
+            message, blob = request.introduction(now_ms)
+            if message is not None:
+                self._link.send(message, blob)
 
     def _finish(self, request: Request, end: m.End) -> None:
         if request.end is not None:
