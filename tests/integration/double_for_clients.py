@@ -25,7 +25,7 @@ from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
-DISPATCH = b"dispatch"
+DISPATCH, FINGERPRINT = b"dispatch", "double"
 #: Tokens in one frame of a long answer.
 LONG_FRAME = 100
 
@@ -147,7 +147,7 @@ class DoubleBroker:
             case m.InferenceRequest():
                 self._submit(peer, message, blob[: message.prompt_bytes or None].decode())
             case m.Attach(id) if id in self.runs:
-                self._tell(peer, m.Accepted(id))
+                self._tell(peer, m.Accepted(id, fingerprint=FINGERPRINT))
                 self._stream(peer, self.runs[id], message.have)
             case m.Cancel(id) if id in self.runs:
                 run = self.runs[id]
@@ -186,7 +186,7 @@ class DoubleBroker:
         run = self.runs.get(request.id)
         if run is None:
             run = self.runs[request.id] = _script(request, kind, text.strip())
-        self._tell(peer, m.Accepted(request.id, 0, "tiny"))
+        self._tell(peer, m.Accepted(request.id, 0, "tiny", FINGERPRINT))
         self.on_request(run)
         self._stream(peer, run, request.have)
 
