@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,24 +259,26 @@ def test_on_a_terminal_the_place_in_the_queue_is_shown() -> None:
 
 
 def test_an_answer_that_stalls_says_on_a_terminal_what_it_waits_for() -> None:
-    flags, words = ["--name", "tiny", "--fake-tokens-per-s", "50"], ["--seed", "7", "--max-tokens", "120", "hello"]
-    with by_hand(flags) as (mesh, _, [worker]):
-        truth = mesh.ok("send", *words).out.split()
-        with (
-            Terminal("--broker", mesh.address, "send", *words, columns=120) as shown,
-            mesh.start("send", "-v", *words) as piped,
-        ):
-            shown.until(lambda text: len(text.split()) > 30)
-            worker.kill()
-            # Below the text, which is shown up to the last token that has come; in a pipe on a line of its own
-            shown.until("waiting for a worker with the very same model; no worker serves fake; lost: worker tiny")
-            piped.line("llambo: waiting for a worker with the very same model")
-            with command(WORKER, "--broker", mesh.address, *flags) as again:
-                again.line("is ready")
-                # ... and nothing of it is left when the answer goes on
-                assert (shown.end(), piped.end()) == (Exit.OK, Exit.OK)
+    slow, fast = (["--name", "tiny", "--fake-tokens-per-s", speed] for speed in ("20", "2000"))
+    words = ["--seed", "7", "--max-tokens", "300", "hello"]
+    with by_hand(slow) as (mesh, _, [worker]):
+        with mesh.start("send", "-v", *words) as piped:
+            deadline = time.monotonic() + TIMEOUT_S
+            while not any(row["tokens"] for row in mesh.ok("requests", "--json").json()):
+                assert time.monotonic() < deadline, piped.story("no token has come")
+            with Terminal("--broker", mesh.address, "send", *words, columns=120) as shown:
+                shown.until(lambda text: len(text.split()) > 30)
+                worker.kill()
+                # Below the text, which is shown up to the last token that has come; in a pipe on a line of its own
+                shown.until("waiting for a worker with the very same model; no worker serves fake; lost: worker tiny")
+                piped.line("llambo: waiting for a worker with the very same model")
+                with command(WORKER, "--broker", mesh.address, *fast) as again:
+                    again.line("is ready")
+                    # ... and nothing of it is left when the answer goes on
+                    assert (shown.end(), piped.end()) == (Exit.OK, Exit.OK)
+                    truth = mesh.ok("send", *words).out.split()
         said = SAID_FAKE.split()
-        assert shown.text.split() == said + truth + cut(120).split()
+        assert shown.text.split() == said + truth + cut(300).split()
         assert "\n".join(piped.out).split() == truth
 
 
