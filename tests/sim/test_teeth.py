@@ -49,7 +49,7 @@ NOTICED_BY = {
     "held back until one has ended": 25,
     "identities take turns": 193,
     "a moved request is charged once": 2,
-    "limits apply to new requests": 152,
+    "limits apply to new requests": 288,
     "only what was sealed is adopted": 1,
     "a seal is for one worker": 201,
     "no partial result": 46,
