@@ -187,6 +187,7 @@ async def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
                 answers = [await client.generate(f"next {number}", max_tokens=2) for number in range(4)]
                 assert {answer.worker for answer in answers} == {"w1"}
 
+            await mesh.aside(lambda core: mesh_ready(core) == 2, "both take requests")
             answers = await stream_through(client, 4, drain)
             assert {answer.worker for answer in answers} == {"w0", "w1"}
             assert {answer.moves for answer in answers} == {0}
