@@ -26,10 +26,6 @@ from llambo.mesh.wire.identity import CLIENT_DOMAIN, WORKER_DOMAIN
 LOOK_MS, WARN_AGAIN_MS = 1_000, 60_000
 #: New sessions are refused when so many percent of the descriptors are in use: their peers can be sent the reason.
 CROWDED_PERCENT = 90
-#: What libzmq stores of what has arrived and was not read, and of tokens that clients do not read: frames of all peers
-#: together, and of each at least.
-UNREAD_FRAMES, UNREAD_LEAST = 200_000, 200
-UNSENT_FRAMES, UNSENT_LEAST = 1_000_000, 2_000
 #: Tries to find four free ports in a row when any will do.
 PORT_TRIES = 100
 
@@ -121,21 +117,17 @@ def watch_disconnections(socket: Socket, context: zmq.Context[Any]) -> Socket:
 
 
 class Headroom:
-    """What the sockets may use up: descriptors, and the queues of libzmq, whose limits are for one connection each."""
+    """The descriptors that sockets may use up."""
 
-    def __init__(self, ports: Ports, token_hwm: int) -> None:
+    def __init__(self) -> None:
         #: The limit of descriptors, while most of them are in use; else 0.
         self.crowded = 0
-        self._ports, self._token_hwm = ports, token_hwm
         self._look_at = self._warn_at = self._warned_percent = 0
-        #: Workers and clients, and one of each, for which the limits of queues were set last.
-        self._limited_for = (1, 1)
 
-    def look(self, workers: int, clients: int, now_ms: int) -> None:
+    def look(self, now_ms: int) -> None:
         if now_ms >= self._look_at:
             self._look_at = now_ms + LOOK_MS
             self._count_descriptors(now_ms)
-            self._limit_queues((1 + workers, 1 + clients))
 
     def _count_descriptors(self, now_ms: int) -> None:
         """libzmq is silent about connections that it cannot accept, and tries again and again."""
@@ -147,16 +139,6 @@ class Headroom:
             which = f"all {limit}" if percent == 100 else f"{used} of {limit}"
             log.warning("%s descriptors are in use: no new peer is admitted; raise the limit (ulimit -Hn)", which)
         self._warned_percent = percent
-
-    def _limit_queues(self, peers: tuple[int, int]) -> None:
-        """A worker whose queue is full is not read from. Tokens for a full one are dropped, and fetched by replay."""
-        if all(before <= 2 * now <= 4 * before for before, now in zip(self._limited_for, peers, strict=True)):
-            return
-        self._limited_for = workers, clients = peers
-        unread, unsent = max(UNREAD_FRAMES // workers, UNREAD_LEAST), max(UNSENT_FRAMES // clients, UNSENT_LEAST)
-        self._ports.tokens_in.rcvhwm = min(unread, self._token_hwm)
-        self._ports.workers.rcvhwm = min(unread, sockets.CONTROL_HWM)
-        self._ports.tokens_out.sndhwm = min(unsent, self._token_hwm)
 
 
 #: The first byte of what arrives at an XPUB socket.

@@ -152,7 +152,7 @@ class BrokerServer:
             self.core.handle(KeysChanged(self._zap.identities), clock.now_ms())
         self._grants = SubscriptionGrants(self.core.state.registry.topics)
         self.dropped = 0
-        self._headroom = Headroom(self._sockets, token_hwm)
+        self._headroom = Headroom()
         self._turns = _Turns()
 
     # --- the loop ------------------------------------------------------------------------------------
@@ -221,8 +221,7 @@ class BrokerServer:
             _discard(self._disconnected)
             actions += handle(PeersDisconnected(), now)
         if now >= self.core.next_wakeup_ms():
-            state = self.core.state
-            self._headroom.look(len(state.registry.workers), len(state.registry.clients), now)
+            self._headroom.look(now)
             self._count(now)
             # (What lies unread is older than `now` only if the turn before this one has left it.)
             unread_ms = now - min(self._turns.unread_at.values(), default=now)
