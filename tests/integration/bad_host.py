@@ -31,7 +31,7 @@ def _fail(grants: Grants, granted: tuple[FileGrant, ...]) -> None:
 
 if __name__ == "__main__":
     if os.environ[FAULT] == "fails":
-        Grants.replace = _fail  # type: ignore[method-assign]
+        Grants.replace = _fail  # type: ignore[assignment, method-assign]
     else:
         ShareServer.chunk = staticmethod(_wrong)  # type: ignore[method-assign]
     worker.main(prog_name="llambo-worker")
