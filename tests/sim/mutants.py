@@ -148,6 +148,12 @@ GUARDS: dict[str, Guard] = {
         "return self.complete or not self.whole",
         brokers=2,
     ),
+    "tokens of two files are two answers": Guard(
+        "llambo.broker.requests.recovery",
+        "return bool(ours and theirs) and ours != theirs",
+        "return False",
+        brokers=1,
+    ),
     "without a name no adapter is meant": Guard(
         "llambo.broker.requests.model_names",
         "found = [model for model in found if not has_adapter(model, found)]",

@@ -20,6 +20,7 @@ from llambo.mesh.client.client_requests import RequestState
 from llambo.mesh.link import link_core as lc
 from llambo.mesh.wire import limits, naming, tokens
 from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import Identity
 from llambo.worker.agent import events as w
 from llambo.worker.agent.announcement import ProcessIdentity as WorkerIdentity
@@ -195,7 +196,18 @@ class BrokerNode(Node):
                 self.history.check_owners((id, ended.owner) for id, ended in state.archive.ended.items())
         if self._identities is not None:
             self.shares.judge(self.core.state, actions)
+            self._note_refusals(actions)
         return actions
+
+    def _note_refusals(self, actions: list[Any]) -> None:
+        """What another broker has admitted is refused only where its identity is far over its limit already."""
+        accounts = self.core.state.access.accounts
+        for action in actions:
+            problem = action.message if isinstance(action, ToClient) else None
+            if isinstance(problem, m.Problem) and problem.error.code is Code.OVER_LIMIT:
+                account = accounts.of(self.history.owners[problem.id])
+                if account.bytes > account.who.max_bytes > 0:
+                    self.history.too_much.add(problem.id)
 
     def _check_ends(self, actions: list[Any], count: int) -> None:
         """An END leaves in the step in which the request ends, and not only when it is due to be sent again."""

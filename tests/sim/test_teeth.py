@@ -55,6 +55,7 @@ NOTICED_BY = {
     "no partial result": 46,
     "an adapter is part of the fingerprint": 69,
     "tokens wait for their file": 519,
+    "tokens of two files are two answers": 143,
     "without a name no adapter is meant": 19,
     "budget of a host": 2,
     "what was measured counts, and no less": 7,
