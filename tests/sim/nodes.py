@@ -350,6 +350,8 @@ class WorkerNode(Peer):
         self.engine_deaths = 0
         #: The request of which its engine died or hung, and the runs it had then.
         self._died_with: tuple[bytes, list[bytes]] | None = None
+        #: It has died of a request, and its agent does not know it yet.
+        self._unnoticed = False
         self._generation = 0
         self._step_at = 2**62
         self.left = False
@@ -390,6 +392,8 @@ class WorkerNode(Peer):
                     if refused is not None:
                         self._later(proto.Refused(refused.key, refused.error, refused.final))
                     self._plan_step()
+                elif self._unnoticed and self.now_ms <= self.core.engine.last_alive_ms + UNREAD_MS:
+                    self.history.engine_died(b"", [start.key])  # as above: the agent learns of the death in a moment
             case w.StopRun(key):
                 if self.engine is not None:
                     self.engine.stop(key)
@@ -408,6 +412,7 @@ class WorkerNode(Peer):
             return
         if self._died_with and not outside:
             self.history.engine_died(*self._died_with)
+        self._unnoticed = self._died_with is not None and not outside
         self.engine, self._died_with, self._loading = None, None, False
         self.engine_deaths += 1
         self._generation += 1
@@ -415,7 +420,7 @@ class WorkerNode(Peer):
 
     def _load(self) -> None:
         """Loading takes its time, reports its progress, and may kill the engine."""
-        self._loading = True
+        self._loading, self._unnoticed = True, False
         self._generation += 1
         generation = self._generation
 
