@@ -1,4 +1,4 @@
-"""`llambo-worker` as a host that gives wrong bytes to others, or gives them slowly: for tests of the other ones."""
+"""`llambo-worker` as a host with a fault: it gives wrong bytes to others, or gives them slowly, or cannot give any."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import time
 
 from llambo.cli.services import worker
+from llambo.mesh.wire.messages import FileGrant
+from llambo.worker.share.grants import Grants
 from llambo.worker.share.share_server import ShareServer
 from llambo.worker.store.part_file import Blob
 
-#: `corrupt`, or the seconds that each chunk takes.
+#: `corrupt`, or `fails` (the thread that gives files), or the seconds that each chunk takes.
 FAULT = "LLAMBO_TEST_BAD_HOST"
 
 _right = ShareServer.chunk
@@ -23,6 +25,13 @@ def _wrong(blob: Blob, number: int) -> bytes:
     return data
 
 
+def _fail(grants: Grants, granted: tuple[FileGrant, ...]) -> None:
+    raise RuntimeError("the fault of this test")
+
+
 if __name__ == "__main__":
-    ShareServer.chunk = staticmethod(_wrong)  # type: ignore[method-assign]
+    if os.environ[FAULT] == "fails":
+        Grants.replace = _fail  # type: ignore[assignment, method-assign]
+    else:
+        ShareServer.chunk = staticmethod(_wrong)  # type: ignore[method-assign]
     worker.main(prog_name="llambo-worker")

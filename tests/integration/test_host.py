@@ -17,15 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import zmq
 
+from llambo.cli.kit.failure import Exit
 from llambo.mesh.link import sockets
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
+from llambo.testing.commands import WORKER
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S, Process, children, family, rss_bytes, wait_until_gone
 from llambo.worker.config import RAM
+from llambo.worker.host.catalogue import Servable
+from llambo.worker.host.model_host import Inbox, Looker, Scanned
 from llambo.worker.models import model_files
+from tests.integration import bad_host
 
 MIB = 1024 * 1024
 
@@ -59,6 +65,9 @@ class PlayedBroker:
         """As a broker: repeated with each heartbeat."""
         self._place = m.PlaceModels(0, list(load), list(evict))
         self._beat()
+
+    def grant(self, ref: str) -> None:
+        self._send(m.FetchFiles(self._next(), grants=[m.FileGrant(secrets.token_bytes(16), ref)]))
 
     def hold(self, model: str, holder: str, **fields: Any) -> None:
         self._send(m.Hold(self._next(), model, holder, **fields))
@@ -130,13 +139,19 @@ class PlayedBroker:
 
 
 @contextmanager
-def hosting(models: str, *words: str, budget: int = 100) -> Iterator[tuple[Mesh, PlayedBroker, Process]]:
-    """A host that has joined both brokers. `budget`: in MiB."""
+def hosting(
+    models: str, *words: str, budget: int = 100, fault: str = ""
+) -> Iterator[tuple[Mesh, PlayedBroker, Process]]:
+    """A host that has joined both brokers. `budget`: in MiB. `fault`: as in `bad_host`."""
     broker = PlayedBroker()
     try:
         with Mesh(workers=0, check=True) as mesh:
             memory = ("--memory-bytes", f"{budget}MiB")
-            process = mesh.spawn_host("box", models, *memory, *words, addresses=(broker.address, mesh.address))
+            module = bad_host.__name__ if fault else WORKER
+            process = mesh.spawn_host(
+                "box", models, *memory, *words, addresses=(broker.address, mesh.address), module=module,
+                env={bad_host.FAULT: fault},
+            )  # fmt: skip
             broker.until(lambda broker: broker.models, "the host reports its models")
             yield mesh, broker, process
     finally:
@@ -284,6 +299,57 @@ def test_a_host_that_stops_lets_its_runs_finish() -> None:
         for engine in engines:
             wait_until_gone(engine)
         assert "box-a" in host.log(), "the log names the worker"
+
+
+def test_a_host_that_cannot_share_any_more_says_so_and_ends_as_one_that_is_stopped() -> None:
+    """Brokers know that it shares, and would send other hosts to it."""
+    words = (*PACE, "--share", "tcp://127.0.0.1:0")
+    with hosting("a:10", *words, fault="fails") as (mesh, broker, host):
+        assert broker.hellos[0].share
+        broker.place("a")
+        broker.are(a="ready")
+        serves(mesh, "box-a")
+
+        async def scenario() -> None:
+            begun = asyncio.Event()
+            reading = asyncio.create_task(stream(mesh, "a", 150, begun))
+            await begun.wait()
+            broker.grant("hf:o/r")
+            await asyncio.to_thread(broker.until, lambda broker: broker.goodbyes, "it leaves at once")
+            assert await reading == truth("x", 3, 150)
+
+        mesh.run(scenario())
+        assert host.end() == Exit.ERROR, host.log()
+        assert "files cannot be given to other hosts any more: RuntimeError: the fault of this test" in host.log()
+
+
+class _Failing:
+    """A catalogue whose first look fails by an error that was not expected."""
+
+    missing_refs = ()
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def scan(self) -> dict[str, Servable]:
+        self.looks += 1
+        if self.looks == 1:
+            raise RuntimeError("not expected")
+        return {}
+
+
+def test_a_look_for_models_that_fails_is_logged_and_repeated(caplog: pytest.LogCaptureFixture) -> None:
+    inbox = Inbox()
+    looker = Looker(_Failing(), inbox)  # type: ignore[arg-type]
+    looker.start()
+    deadline, events = time.monotonic() + TIMEOUT_S, []
+    while not (events := inbox.take()) and time.monotonic() < deadline:
+        looker.look_now()
+        time.sleep(0.01)
+    looker.stop()
+    inbox.close()
+    assert events == [Scanned({}, ())]
+    assert "models cannot be looked for" in caplog.text and "RuntimeError: not expected" in caplog.text
 
 
 def test_the_memory_of_real_models_stays_within_the_budget(tmp_path: Path) -> None:

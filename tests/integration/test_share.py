@@ -9,11 +9,16 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+import zmq
 
 from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.messages import FileGrant
 from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.testing.processes import TIMEOUT_S, Process
+from llambo.worker.share import share_messages as s
+from llambo.worker.share.share_server import ShareServer, Stock
+from llambo.worker.store import pull
 from tests.integration.bad_host import FAULT
 from tests.integration.hub import Hub, serving, sha256
 
@@ -122,3 +127,32 @@ def test_one_downloads_it_and_the_rest_get_it_from_each_other_whatever_goes_wron
             return {host.host for host in client.pull_model(NAME, poll=True).hosts if host.state != "here"}
 
         site.until(lambda: missing() <= {downloader}, "not all have reported it")
+
+
+class _Broken(Stock):
+    def find(self, ref: str) -> pull.Download | None:
+        raise RuntimeError("the fault of this test")
+
+
+def test_a_question_whose_answer_fails_is_refused_and_the_next_one_is_answered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ticket = bytes(16)
+    server = ShareServer("tcp://127.0.0.1:0", None, _Broken(), lambda: pytest.fail("its thread has ended"))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    asking = context.socket(zmq.DEALER)
+    asking.rcvtimeo = asking.sndtimeo = int(TIMEOUT_S * 1_000)
+    try:
+        server.grant((FileGrant(ticket, NAME),))
+        asking.connect(f"tcp://127.0.0.1:{server.port}")
+        texts = []
+        for each in (ticket, b"another ticket..", ticket):
+            asking.send(s.encode(s.AskModel(each)))
+            answer = s.decode_answer(asking.recv())
+            assert isinstance(answer, s.NotGiven)
+            texts.append(answer.text)
+        assert texts == ["it cannot be given", "no broker has granted this", "it cannot be given"]
+        assert "RuntimeError: the fault of this test" in caplog.text
+    finally:
+        server.close()
+        context.destroy(linger=0)

@@ -77,9 +77,13 @@ class ModelHost:
         on_ready: Callable[[], None] = lambda: None,
         notifier: Notifier | None = None,
     ) -> None:
+        self._inbox = Inbox()
         self._library = Stock()
-        self._share = ShareServer(config.share, config.key, self._library) if config.share else None
-        if self._share is not None:
+        self._share = None
+        if config.share:
+            self._share = ShareServer(
+                config.share, config.key, self._library, lambda: self._inbox.post(SharingFailed())
+            )
             config = replace(config, share=reachable(self._share.host, self._share.port, config.brokers[0]))
             log.info("files of models are given to other hosts at %s, if a broker grants it", config.share)
         self._fetches: dict[str, ModelFetch] = {}
@@ -104,7 +108,6 @@ class ModelHost:
             )
             for number, address in enumerate(config.brokers)
         }
-        self._inbox = Inbox()
         self._looker = Looker(catalogue, self._inbox)
         self._waker = Waker()
         self._exit = ""
@@ -113,6 +116,11 @@ class ModelHost:
     def waker_fd(self) -> int:
         """Each byte written here is a request to stop: the first after all runs have ended, the second at once."""
         return self._waker.writing_fd
+
+    @property
+    def failure(self) -> str:
+        """Why it stops; empty: because it was asked to."""
+        return self._share.failure if self._share is not None else ""
 
     def run(self) -> None:
         try:
@@ -170,7 +178,11 @@ class ModelHost:
                 self._handle(ControlArrived(number, bundle.session, bundle.messages))
 
     def _handle_posted(self, event: Posted) -> None:
-        if isinstance(event, Scanned):
+        if isinstance(event, SharingFailed):
+            # No broker takes back what a hello said, and a new process can share again.
+            log.error("%s; this host stops, and has to be started again", self.failure)
+            event = Ticked() if self.core.loading.stopping else StopRequested()
+        elif isinstance(event, Scanned):
             self._models |= event.models  # what is loaded may have gone from the folder
             event = ModelsFound([each.stored for each in event.models.values()], event.missing)
         elif isinstance(event, FetchReport):
@@ -293,7 +305,11 @@ class FetchReport(NamedTuple):
     file: m.HostedFile
 
 
-Posted = Scanned | FetchReport | HostEvent
+class SharingFailed(NamedTuple):
+    pass
+
+
+Posted = Scanned | FetchReport | SharingFailed | HostEvent
 
 
 class Inbox:
@@ -406,6 +422,10 @@ class Looker:
                 if str(error) != problem:
                     problem = str(error)
                     log.warning("models cannot be looked for: %s", problem)
+            except Exception as error:  # models that appear later would not be found by a thread that is gone
+                if repr(error) != problem:
+                    problem = repr(error)
+                    log.exception("models cannot be looked for")
             else:
                 problem = ""
                 if found != last:
@@ -421,7 +441,7 @@ def run_host(
     host = ModelHost(config, catalogue, on_ready, notifier)
     with stop_signals_wake(host.waker_fd):
         host.run()
-    return 0
+    return 1 if host.failure else 0
 
 
 def condition_of(core: HostCore, brokers: tuple[str, ...], ended: str = "") -> Condition:

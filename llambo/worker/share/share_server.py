@@ -2,6 +2,9 @@
 
 With keys its connections are encrypted, and only those of keys with a grant are let in. A question without a valid
 ticket gets a refusal. To a host that does not read its answers nothing more is sent: it asks again.
+
+A question that cannot be answered is refused, whatever the reason. If the thread itself fails, its host has to end:
+brokers know from its hello that it shares, and would go on to send other hosts to it.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +63,16 @@ class Stock:
 
 
 class ShareServer:
-    """`address`: as in --share. Raises LlamboError if it cannot listen there."""
+    """`address`: as in --share. `on_failure` is called in the thread, which ends then: `failure` says why.
 
-    def __init__(self, address: str, key: PeerKey | None, library: Stock) -> None:
+    Raises LlamboError if it cannot listen there.
+    """
+
+    def __init__(self, address: str, key: PeerKey | None, library: Stock, on_failure: Callable[[], None]) -> None:
         host, port = sockets.split(address)
         self._library = library
+        self._on_failure = on_failure
+        self.failure = ""
         self._grants = Grants()
         self._lock = threading.Lock()
         self._news: tuple[FileGrant, ...] | None = None
@@ -121,8 +130,10 @@ class ShareServer:
                 if self._zap is not None:
                     self._let_in(self._zap)
                 self._answer_all()
-        except Exception:
-            log.exception("files are not given to other hosts any more")
+        except Exception as error:
+            log.exception("the thread that gives files to other hosts has failed")
+            self.failure = f"files cannot be given to other hosts any more: {type(error).__name__}: {error}"
+            self._on_failure()
         finally:
             self._context.destroy(linger=0)
 
@@ -168,6 +179,9 @@ class ShareServer:
         except (OSError, refs.StoreError, msgspec.ValidationError) as error:
             log.warning("%s cannot be given to another host: %s", ref, error)
             return [s.encode(s.NotGiven("its files cannot be read"))]
+        except Exception:  # other hosts do not lose this one because of one model, or of one question
+            log.exception("%s cannot be given to another host", ref)
+            return [s.encode(s.NotGiven("it cannot be given"))]
 
     def _about(self, made: pull.Download, ref: str, asked: s.AskModel | s.AskSums | s.AskChunk) -> list[bytes]:
         if isinstance(asked, s.AskModel):
