@@ -89,6 +89,8 @@ class History:
         self.dispatches: dict[bytes, list[m.Dispatch]] = {}
         #: Under which name each request was submitted.
         self.owners: dict[bytes, str] = {}
+        #: Those that a broker refused when their identity had more bytes there than it may.
+        self.too_much: set[bytes] = set()
         self.tokens = 0
         #: ENDs that arrived at a client which holds more tokens than they count.
         self.outdated: list[str] = []
@@ -304,7 +306,8 @@ class History:
             return bool(wanted.message.deadline_ms)
         if error.code is Code.OVER_LIMIT:
             # Limits are for what is new. What a broker has accepted the next does not refuse: the client can prove it.
-            return self.limits and not heard.placed
+            # (But for bytes, where several have admitted what they may, or a limit became a lower one.)
+            return self.limits and (not heard.placed or wanted.message.id in self.too_much)
         return error.code is Code.BUSY
 
     def _first_wrong(self, wanted: Wanted, id: bytes, ids: list[int]) -> int | None:

@@ -20,6 +20,7 @@ from llambo.mesh.client.client_requests import RequestState
 from llambo.mesh.link import link_core as lc
 from llambo.mesh.wire import limits, naming, tokens
 from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import Identity
 from llambo.worker.agent import events as w
 from llambo.worker.agent.announcement import ProcessIdentity as WorkerIdentity
@@ -195,7 +196,18 @@ class BrokerNode(Node):
                 self.history.check_owners((id, ended.owner) for id, ended in state.archive.ended.items())
         if self._identities is not None:
             self.shares.judge(self.core.state, actions)
+            self._note_refusals(actions)
         return actions
+
+    def _note_refusals(self, actions: list[Any]) -> None:
+        """What another broker has admitted is refused only where its identity is far over its limit already."""
+        accounts = self.core.state.access.accounts
+        for action in actions:
+            problem = action.message if isinstance(action, ToClient) else None
+            if isinstance(problem, m.Problem) and problem.error.code is Code.OVER_LIMIT:
+                account = accounts.of(self.history.owners[problem.id])
+                if account.bytes > account.who.max_bytes > 0:
+                    self.history.too_much.add(problem.id)
 
     def _check_ends(self, actions: list[Any], count: int) -> None:
         """An END leaves in the step in which the request ends, and not only when it is due to be sent again."""
@@ -338,6 +350,8 @@ class WorkerNode(Peer):
         self.engine_deaths = 0
         #: The request of which its engine died or hung, and the runs it had then.
         self._died_with: tuple[bytes, list[bytes]] | None = None
+        #: It has died of a request, and its agent does not know it yet.
+        self._unnoticed = False
         self._generation = 0
         self._step_at = 2**62
         self.left = False
@@ -378,6 +392,8 @@ class WorkerNode(Peer):
                     if refused is not None:
                         self._later(proto.Refused(refused.key, refused.error, refused.final))
                     self._plan_step()
+                elif self._unnoticed and self.now_ms <= self.core.engine.last_alive_ms + UNREAD_MS:
+                    self.history.engine_died(b"", [start.key])  # as above: the agent learns of the death in a moment
             case w.StopRun(key):
                 if self.engine is not None:
                     self.engine.stop(key)
@@ -396,6 +412,7 @@ class WorkerNode(Peer):
             return
         if self._died_with and not outside:
             self.history.engine_died(*self._died_with)
+        self._unnoticed = self._died_with is not None and not outside
         self.engine, self._died_with, self._loading = None, None, False
         self.engine_deaths += 1
         self._generation += 1
@@ -403,7 +420,7 @@ class WorkerNode(Peer):
 
     def _load(self) -> None:
         """Loading takes its time, reports its progress, and may kill the engine."""
-        self._loading = True
+        self._loading, self._unnoticed = True, False
         self._generation += 1
         generation = self._generation
 

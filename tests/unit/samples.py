@@ -59,7 +59,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.ClientHello((1, 2), "laptop", "llambo 0.1.0", b"incarnat"),
         m.ClientHeartbeat(41),
         REQUESTED,
-        m.Attach(ID, 12, [CHUNK], True),
+        m.Attach(ID, 12, [CHUNK], True, "f00d"),
         m.Detach(ID),
         m.Cancel(ID, DISPATCH),
         m.Replay(ID, 3, 9, DISPATCH),

@@ -299,6 +299,14 @@ class TestSubmitting:
         bench.receive(m.Accepted(ID, 0, "tiny", "beef"))
         assert delivered(bench.tokens(0)) == [0]
 
+    def test_with_no_token_here_the_next_broker_may_begin_it_with_another_file(self, bench: Bench) -> None:
+        bench.up().submit()
+        bench.receive(m.Accepted(ID, 0, "tiny", "f00d"))
+        bench.lose()
+        bench.up(1)
+        assert delivered(bench.tokens(0)) == []  # and the `accepted` of this broker was lost
+        assert delivered(bench.receive(m.Accepted(ID, 0, "tiny", "beef"))) == [0]
+
     def test_an_end_is_complete_without_it(self, bench: Bench) -> None:
         bench.up().submit()
         bench.tokens(0, 2)
@@ -323,7 +331,7 @@ class TestSubmitting:
             for action in bench.actions
             if isinstance(action, Send) and isinstance(action.message, m.Attach)
         ][1:]
-        assert attach.have == 2 and tokens.ids_of(attach.held) == [0, 1]
+        assert attach.have == 2 and tokens.ids_of(attach.held) == [0, 1] and attach.fingerprint == "f00d"
 
     def test_words_of_an_earlier_session_do_not_count(self, bench: Bench) -> None:
         bench.up().submit()

@@ -256,12 +256,18 @@ def held(number: int, ids: list[int], **fields: Any) -> tuple[m.InferenceRequest
     return asked, blob
 
 
-def comes_from_another(bench: Bench, route: bytes, ids: list[int]) -> Client:
+def comes_from_another(bench: Bench, route: bytes, ids: list[int], fingerprint: str = "") -> Client:
     """The client of request 1 again, with the tokens it holds."""
     client = back(bench, route)
-    asked, blob = held(1, ids)
+    asked, blob = held(1, ids, fingerprint=fingerprint)
     client.send(asked, blob=blob)
     return client
+
+
+def attach(ids: list[int], fingerprint: str) -> m.Attach:
+    """Of request 1, by a client that holds these tokens of it."""
+    chunk = tokens.encode_chunk(request_id(1) + bytes(8), 0, ids, [b"x"] * len(ids))
+    return m.Attach(request_id(1), len(ids), [chunk], fingerprint=fingerprint)
 
 
 def orphan(ids: list[int], **fields: Any) -> tuple[m.Orphan, bytes]:
@@ -484,3 +490,57 @@ def test_who_got_further_with_one_that_waits_takes_it_to_the_workers_that_can_go
     assert [lane.fingerprint for lane in bench.state.queue.lines] == ["f"]
     assert bench.worker("w2", fingerprint="f").dispatches[-1].prefix == [1, 2, 3]
     assert bench.state.queue.count == 0
+
+
+@pytest.mark.parametrize("attaches", [False, True])
+def test_who_got_further_with_another_file_goes_on_with_that_one(attaches: bool) -> None:
+    bench = Bench()
+    first = bench.worker("w1", fingerprint="f")
+    client, other = back(bench, b"1"), back(bench, b"2", b"another client")
+    client.submit(1)
+    other.send(m.Attach(request_id(1)))
+    assert first.dispatches
+    second = bench.worker("w2", fingerprint="g")
+    if attaches:
+        again = bench.client()
+        again.send(attach([1, 2, 3], "g"))
+    else:
+        again = comes_from_another(bench, b"3", [1, 2, 3], "g")
+    assert not again.problems
+    assert second.dispatches[-1].prefix == [1, 2, 3]
+    # Who follows it here, and has no token, learns that.
+    assert other.received(m.Accepted)[-1].fingerprint == "g"
+
+
+def test_the_same_tokens_of_another_file_are_not_the_same_answer() -> None:
+    bench = Bench(adopt_ms=100)
+    first, client, other = bench.worker("w1", fingerprint="f"), back(bench, b"1"), back(bench, b"2", b"another client")
+    client.submit(1)
+    other.send(m.Attach(request_id(1)))
+    first.publish(first.chunk(0, 1, 2, 3))
+    for asked in ([1, 2], [1, 2, 3, 4]):
+        late = bench.client()
+        late.send(attach(asked, "g"))
+        assert [problem.error.code for problem in late.received_last(m.Problem)] == [Code.EXPIRED]
+    # Its only client, which holds those of the other file, begins it again with that one.
+    other.send(m.Detach(request_id(1)))
+    second = bench.worker("w2", fingerprint="g")
+    again = comes_from_another(bench, b"3", [1, 2], "g")
+    bench.pass_time(101)
+    assert not again.problems
+    assert second.dispatches[-1].prefix == [1, 2]
+
+
+def test_an_answer_that_ended_is_not_the_rest_of_one_of_another_file() -> None:
+    bench = Bench(adopt_ms=100)
+    first, client = bench.worker("w1", fingerprint="f"), back(bench, b"1")
+    client.submit(1)
+    first.publish(first.chunk(0, 1, 2, 3))
+    first.end(3)
+    follower = bench.client()
+    follower.send(attach([1, 2], "g"))
+    assert [problem.error.code for problem in follower.problems] == [Code.EXPIRED]
+    second = bench.worker("w2", fingerprint="g")
+    comes_from_another(bench, b"3", [1, 2], "g")
+    bench.pass_time(101)
+    assert second.dispatches[-1].prefix == [1, 2]

@@ -24,6 +24,8 @@ class EndedRequest(msgspec.Struct):
 
     end: m.End
     model: str
+    #: Of the file that its tokens are of.
+    fingerprint: str
     stream: bool
     detached: bool
     ended_at: int
@@ -61,6 +63,7 @@ class Archive:
         ended = EndedRequest(
             end,
             request.model,
+            request.run.fingerprint,
             request.stream,
             request.asked.detached,
             now_ms,

@@ -28,7 +28,9 @@ def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: b
     known = asked.id in state.requests or asked.id in state.archive.ended
     if known and not recovery.forget_outdated(state, client, asked, held, now_ms):
         state.counters.requests.attached += 1
-        following.follow_from(state, client, m.Attach(asked.id, asked.have, held), now_ms)
+        following.follow_from(
+            state, client, m.Attach(asked.id, asked.have, held, fingerprint=asked.fingerprint), now_ms
+        )
         return
     identity = client.link.identity
     if state.access.identities is not None:

@@ -34,7 +34,7 @@ def follow_from(state: State, client: ClientEntry, asked: m.Attach, now_ms: int)
     """Follow a request from token `have` on, live or ended. What is `held` was checked."""
     recovery.look_for(state, client.identity, asked, now_ms)
     request = state.requests.get(asked.id)
-    if request is not None and asked.held and not recovery.accepts(state, request, asked.held, now_ms):
+    if request is not None and asked.held and not recovery.accepts(state, request, asked, now_ms):
         # What a client was given never changes, so it is given no continuation of something else.
         refusals.refuse(state, client, request.id, Code.EXPIRED, OTHER_TOKENS)
         return
@@ -54,7 +54,7 @@ def follow_from(state: State, client: ClientEntry, asked: m.Attach, now_ms: int)
     elif outdated:
         text = f"request {asked.id.hex()} has lost its clients, or goes on at another broker"
         refusals.refuse(state, client, asked.id, Code.EXPIRED, text)
-    elif not recovery.fits(ended, asked.held):
+    elif not recovery.fits(ended, asked.held, asked.fingerprint):
         refusals.refuse(state, client, asked.id, Code.EXPIRED, OTHER_TOKENS)
     elif ended.transcript is None and asked.have < ended.end.count and ended.end.error is not None:
         refusals.refuse(state, client, asked.id, ended.end.error.code, ended.end.error.text)

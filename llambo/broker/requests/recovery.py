@@ -144,7 +144,7 @@ def _take_detached(state: State, owner: str, asked: m.Attach, now_ms: int) -> No
         return
     given = tokens.ids_of(asked.held)
     found = orphans.take(asked.id, owner)
-    fitting = [o for o in found if o.work.detached and tokens.ids_of(o.chunks)[: len(given)] == given]
+    fitting = [o for o in found if o.work.detached and _goes_on(o, asked.fingerprint if given else "", given)]
     adopted = fitting[0] if fitting and _admit_detached(state, fitting[0], now_ms) else None
     for orphan in found:
         if adopted is None:
@@ -164,29 +164,42 @@ def dispatch_instead(state: State, request: Request, now_ms: int) -> None:
         dispatching.enqueue(state, request, now_ms)
 
 
-def agrees(request: Request, held: list[bytes]) -> bool:
+def agrees(request: Request, held: list[bytes], fingerprint: str) -> bool:
     """Whether the tokens of this client are those of the others. A request that awaits its run may learn from it.
+
+    Those of two files may be the same so far, and are not the same answer.
 
     It then has the chunks as the client sent them. That they carry this request's id is not checked: clients that were
     sent others would drop them. (`admission._admit` writes it into those of a submit.)
     """
     ours, theirs = request.transcript.ids(), tokens.ids_of(held)
+    if ours and theirs and _differ(request.run.fingerprint, fingerprint):
+        return False
     if len(theirs) > len(ours) and request.place.awaiting_run and theirs[: len(ours)] == ours:
         request.transcript.restore(held)
+        request.run.fingerprint = fingerprint or request.run.fingerprint
         return True
     return ours[: len(theirs)] == theirs
 
 
-def accepts(state: State, request: Request, held: list[bytes], now_ms: int) -> bool:
+def _differ(ours: str, theirs: str) -> bool:
+    """Two files, as far as is known: a peer of an older version does not say which file its tokens are of."""
+    return bool(ours and theirs) and ours != theirs
+
+
+def accepts(state: State, request: Request, asked: m.Attach, now_ms: int) -> bool:
     """Whether this client may follow it with the tokens it holds.
 
     If it got further at another broker, the request goes on here after its tokens: of those that other clients have
     none changes.
     """
-    if agrees(request, held):
+    held, run = asked.held, request.run
+    if agrees(request, held, asked.fingerprint):
         return True
     ours = request.transcript.ids()
     if request.task != "generate" or tokens.ids_of(held)[: len(ours)] != ours:
+        return False
+    if ours and _differ(run.fingerprint, asked.fingerprint):
         return False
     state.measured.meter.count(request)
     waits = request.state is RequestState.WAITING
@@ -197,6 +210,10 @@ def accepts(state: State, request: Request, held: list[bytes], now_ms: int) -> b
         ending.cancel_run(state, request)
     request.transcript.restore(held)
     request.measured.counted = request.transcript.next_index
+    if _differ(run.fingerprint, asked.fingerprint):
+        run.fingerprint = asked.fingerprint
+        ending.announce_model(state, request)
+    run.fingerprint = run.fingerprint or asked.fingerprint
     if waits:
         state.queue.put(request, now_ms)
         if not dispatching.finish_complete(state, request, now_ms) and not request.place.awaiting_run:
@@ -231,11 +248,14 @@ def _has_fewer(request: Request, orphan: OrphanRun) -> bool:
 
 def _continues(request: Request, orphan: OrphanRun) -> bool:
     """It has the same model, and its tokens begin with those that were given out already."""
-    fingerprint = orphan.worker.serving.fingerprints.get(orphan.work.model, "")
-    if request.model != orphan.work.model or request.run.fingerprint not in ("", fingerprint):
+    if request.model != orphan.work.model:
         return False
-    given = request.transcript.ids()
-    return tokens.ids_of(orphan.chunks)[: len(given)] == given
+    return _goes_on(orphan, request.run.fingerprint, request.transcript.ids())
+
+
+def _goes_on(orphan: OrphanRun, fingerprint: str, given: list[int]) -> bool:
+    own = orphan.worker.serving.fingerprints.get(orphan.work.model, "")
+    return fingerprint in ("", own) and tokens.ids_of(orphan.chunks)[: len(given)] == given
 
 
 def _adopt(state: State, request: Request, orphan: OrphanRun, now_ms: int) -> None:
@@ -359,20 +379,22 @@ def forget_outdated(
     True: the submit is a new one now, with an END of its own.
     """
     request, ended = state.requests.get(asked.id), state.archive.ended.get(asked.id)
-    if request is not None and held and not agrees(request, held):
+    if request is not None and held and not agrees(request, held, asked.fingerprint):
         if _no_other_client(state, client, request.followers):
             ending.forget(state, request, now_ms)
             return True
-    elif ended is not None and not _serves(ended, asked.have, held) and _no_other_client(state, client, ended.owed):
+    elif ended is not None and not _serves(ended, asked, held) and _no_other_client(state, client, ended.owed):
         state.archive.forget(asked.id)
         return True
     return False
 
 
-def fits(ended: EndedRequest, held: list[bytes]) -> bool:
+def fits(ended: EndedRequest, held: list[bytes], fingerprint: str) -> bool:
     """Whether the answer begins with these tokens."""
     if ended.transcript is None or not held:
         return True
+    if _differ(ended.fingerprint, fingerprint):
+        return False
     ours, theirs = ended.transcript.ids(), tokens.ids_of(held)
     return ours[: len(theirs)] == theirs
 
@@ -386,14 +408,14 @@ def is_outdated(ended: EndedRequest, have: int) -> bool:
     return ended.abandoned or have > ended.end.count
 
 
-def _serves(ended: EndedRequest, have: int, held: list[bytes]) -> bool:
-    if is_outdated(ended, have):
+def _serves(ended: EndedRequest, asked: m.InferenceRequest, held: list[bytes]) -> bool:
+    if is_outdated(ended, asked.have):
         return False
     if ended.transcript is None:
         # It cannot be found out any more whether this client has a part of that answer. (One that failed, or was
         # cancelled by a client, is not tried again.)
         return ended.end.reason not in ("stop", "length", "deadline")
-    return fits(ended, held)
+    return fits(ended, held, asked.fingerprint)
 
 
 def _no_other_client(state: State, client: ClientEntry, sessions: Iterable[bytes]) -> bool:

@@ -188,7 +188,8 @@ class Request:
         if not isinstance(self.message, m.InferenceRequest):
             if self.message is None:
                 return None, None
-            return m.Attach(self.id, have, self._sent_chunks(), self.place.admitted), None
+            place = self.place
+            return m.Attach(self.id, have, self._sent_chunks(), place.admitted, place.fingerprint), None
         left = max(1, self.deadline_at - now_ms) if self.deadline_at else 0
         if not self.place.admitted and not have:
             return msgspec.structs.replace(self.message, have=have, deadline_ms=left), self.prompt

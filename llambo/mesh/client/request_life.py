@@ -141,6 +141,8 @@ class Requests:
             request.tokens.forget_stash()
             if request.whole or not request.place.known:  # nothing of it has been delivered
                 request.tokens = Reassembly(request.tokens.base)
+            if request.tokens.next_index == request.tokens.base:  # so the next broker may begin it with another file
+                request.place.known = False
             self._timers.clear(request.id)
             self.waiting[request.id] = request
 

@@ -509,6 +509,8 @@ class Attach(Message, frozen=True):
     held: Annotated[list[bytes], Meta(max_length=limits.PAGE_CHUNKS)] = []
     #: A broker had accepted it: if this one does not know the request yet, a worker or client may still bring it.
     resume: bool = False
+    #: Of the model file that `held` is of.
+    fingerprint: Name = ""
 
 
 class Detach(Message, frozen=True):
