@@ -383,13 +383,14 @@ class NodeManager:
                     await client.drain(worker, move=True)
         return workers
 
-    async def drain(self, node: str, *, undo: bool) -> DrainReply:
-        """A host has several workers, and may load other models meanwhile."""
+    async def drain(self, node: str, *, undo: bool) -> tuple[DrainReply, list[str]]:
+        """And the workers that it counts for: the node, or those of the models that it has loaded as a host. No message
+        keeps a host from loading others."""
         async with self.mesh() as client:
             workers = await _workers(client, node)
             replies = [await client.drain(worker, undo, move=not undo) for worker in workers]
         running = sum(reply.running for reply in replies)
-        return DrainReply(worker=node, draining=not undo, moving=not undo, running=running)
+        return DrainReply(worker=node, draining=not undo, moving=not undo, running=running), workers
 
     def _launch(self, spec: NodeClass, name: str, host: str) -> Launch:
         if spec.is_broker:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llambo.cli.kit.failure import Exit
 from llambo.testing.commands import LLAMBO, Commands, Done, by_hand, command
 from llambo.testing.processes import TIMEOUT_S, wait_until_gone
 
@@ -343,6 +344,8 @@ def test_nodes_with_several_models_are_updated_and_nothing_is_lost(site: Site) -
     site.write(SEVERAL)
     assert did(site.ok("apply", "--json")) == [("spawn", "broker"), ("spawn", "several-0001")]
     mesh = site.mesh()
+    nothing = site.fleet("drain", "several-0001")
+    assert nothing.code == Exit.ERROR and "several-0001 has no model loaded" in nothing.err, nothing.story
     for model in "abc":
         assert mesh.llambo("send", "--model", model, "--max-tokens", "2", "hi").code == 0
     node = site.nodes()["several-0001"]
@@ -362,7 +365,8 @@ def test_nodes_with_several_models_are_updated_and_nothing_is_lost(site: Site) -
     assert after["pid"] != node["pid"] and after["state"] == "ready"
     assert after["note"] == "1 of 3 models loaded", "the one that has shown that it works"
     assert mesh.llambo("send", "--model", "c", "--max-tokens", "2", "hi").code == 0
-    assert site.ok("drain", "several-0001").code == 0
+    drained = site.ok("drain", "several-0001")
+    assert "several-0001-c" in drained.out and "several-0001 still loads other models" in drained.out, drained.story
     assert site.nodes()["several-0001"]["state"] == "draining"
     assert did(site.ok("apply", "--json")) == [("resume", "several-0001")]
     assert site.nodes()["several-0001"]["state"] == "ready"

@@ -223,11 +223,17 @@ def rollback(here: Site, node_class: str | None, undo: bool, as_json: bool) -> N
 def drain(here: Site, node: str, undo: bool, as_json: bool) -> None:
     """Give a node no new work; its running requests move to others. It keeps running until the next `apply`.
 
-    `llambo drain` waits until it runs nothing. Of a node with several models it holds for those that are loaded.
+    `llambo drain` waits until it runs nothing. Of a node with several models it holds for those that are loaded: others
+    are still loaded there when they are asked for. To take such a node away, lower `max` of its class and `apply`.
     """
-    found = run(_drain(here, node, undo))
+    found, workers = run(_drain(here, node, undo))
+    if not workers and found.draining:
+        hint = "it loads one when that is asked for; to take the node away: a lower `max`, and `llambo fleet apply`"
+        raise Failure(f"{node} has no model loaded, so it has no worker to drain", hint)
     if as_json:
         show_json(msgspec.structs.asdict(found))
+    elif found.draining and workers != [node]:
+        report(f"{', '.join(workers)}: no new work; {node} still loads other models when they are asked for")
     else:
         report(f"{node} takes no new work" if found.draining else f"{node} works again")
 
@@ -329,7 +335,7 @@ def _say_passed_on(pid: int) -> None:
     report(f"passed on to the orchestrator, pid {pid}: `llambo fleet status` shows the progress")
 
 
-async def _drain(here: Site, node: str, undo: bool) -> DrainReply:
+async def _drain(here: Site, node: str, undo: bool) -> tuple[DrainReply, list[str]]:
     manager = here.node_manager(report)
     await manager.providers.refresh()
     found = next((record for record in manager.providers.records() if record.name == node), None)
