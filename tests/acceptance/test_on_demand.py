@@ -22,6 +22,7 @@ from llambo.mesh.wire.reports import ModelHost
 from llambo.testing.commands import Commands
 from llambo.testing.mesh import Mesh, key_folder
 from llambo.testing.processes import TIMEOUT_S
+from llambo.testing.terminal import Terminal
 from tests.integration.gateway_process import GatewayProcess, chat
 
 MODELS = "a:40:200ms,b:40:200ms,c:40:1500ms,big:400"
@@ -72,6 +73,15 @@ def until(true: Callable[[], Any], what: str) -> None:
 def test_a_task_says_what_it_waits_for(ask: Commands) -> None:
     done = ask.llambo("tokens", "-m", "c", "hi")
     assert done.code == 0 and "loading c on box" in done.err, done.story
+
+
+def test_a_chat_says_what_its_first_question_waits_for(ask: Commands) -> None:
+    """It asks for the context of the model before it sends the question."""
+    with Terminal("chat", "--private", "--model", "c", env={"LLAMBO_BROKER": ask.address}) as chat:
+        chat.until("/help lists the commands")
+        chat.enter("hi")
+        chat.expect("loading c on box")
+        chat.expect(r"\d+ tokens, [\d.]+ tokens/s")
 
 
 def test_load_unload_and_what_is_listed(ask: Commands, client: SyncClient) -> None:

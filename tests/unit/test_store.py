@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 
 from llambo.cli.kit.common import asked_model
 from llambo.cli.kit.failure import Exit
+from llambo.cli.services.up import MeshCommands
 from llambo.mesh.settings import settings
 from llambo.mesh.wire.errors import LlamboError
+from llambo.worker.config import RAM, WorkerConfig
+from llambo.worker.host import catalogue
+from llambo.worker.host.catalogue import Capacity, Catalogue
 from llambo.worker.llama import binding
 from llambo.worker.models import model_files
 from llambo.worker.models.model_files import NoSuchModel
@@ -366,14 +370,59 @@ def test_a_model_that_is_not_here_is_an_error_with_the_command_that_helps(
     assert done.exit_code == Exit.USAGE, done.stderr
 
 
-def test_up_without_a_model_names_those_that_are_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_without_a_model_serves_what_is_here_and_what_comes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "missing", lambda library="": "")
     monkeypatch.setattr(model_files, "packaged", lambda model: None)
-    bare = llambo("up")
-    assert bare.exit_code == Exit.ERROR and "llambo up --model FILE.gguf" in bare.stderr, bare.stderr
+    started: list[MeshCommands] = []
+
+    async def run(made: MeshCommands) -> int:
+        started.append(made)
+        return 0
+
+    monkeypatch.setattr("llambo.cli.services.up.run", run)
+    assert llambo("up").exit_code == llambo("up", "--models", "all").exit_code == Exit.OK
     in_hub(home, "tiny-Q8_0.gguf")
-    done = llambo("up")
-    assert done.exit_code == Exit.ERROR and "llambo up --model hf:o/r/tiny-Q8_0.gguf" in done.stderr, done.stderr
+    assert llambo("up").exit_code == Exit.OK
+    assert [made.no_model for made in started] == [True, True, False]
+    for made in started:
+        (_, command), *others = made.workers
+        assert made.on_demand and command[command.index("--models") + 1] == "all" and not others
+    # What is asked for by name, or several times, is not replaced by all
+    for words in (["--workers", "2"], ["--model", "hf:o/none"]):
+        done = llambo("up", *words)
+        assert done.exit_code == Exit.ERROR and "llambo " in done.stderr, done.stderr
+    assert len(started) == 3
+
+
+def test_all_is_each_model_of_this_machine_under_its_name_in_a_mesh(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What appears later is found by the next look."""
+    monkeypatch.setattr(model_files, "packaged", lambda model: None)
+    (home / "cwd").mkdir()
+    monkeypatch.chdir(home / "cwd")
+    aliases = {"mine": str(home / "x/called.gguf")}
+    room = Capacity({RAM: 2**32}, {})
+    lists = Catalogue((catalogue.ALL,), WorkerConfig(engine="llama"), room, aliases, str(home / "more"))
+    assert lists.scan() == {} and not catalogue.has_model((catalogue.ALL,), aliases, str(home / "more"))
+    for name in ("x/called.gguf", "models/home.gguf", "more/set.gguf"):
+        (home / name).parent.mkdir()
+        tiny(home / name)
+    in_hub(home, "tiny-Q8_0.gguf")
+    in_ollama(home / ".ollama/models", "1b", tiny(home / "blob").read_bytes())
+    assert sorted(lists.scan()) == ["home", "mine", "set", "tiny-Q8_0", "tiny:1b"]
+    assert catalogue.has_model((catalogue.ALL,))
+    assert not catalogue.is_all("./all", {}) and not catalogue.is_all("all", {"all": "hf:o/r"})
+
+
+def test_a_worker_without_a_model_names_those_that_are_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "missing", lambda library="": "")
+    monkeypatch.setattr(model_files, "packaged", lambda model: None)
+    bare = llambo("worker")
+    assert bare.exit_code == Exit.ERROR and "llambo-worker --model FILE.gguf" in bare.stderr, bare.stderr
+    in_hub(home, "tiny-Q8_0.gguf")
+    done = llambo("worker")
+    assert done.exit_code == Exit.ERROR and "llambo-worker --model hf:o/r/tiny-Q8_0.gguf" in done.stderr, done.stderr
     assert "FILE.gguf" not in done.stderr and "no model is named" in done.stderr
 
 

@@ -25,6 +25,7 @@ from llambo.cli.chat.screen import Screen, Waiting
 from llambo.cli.chat.store import Ending, SavedChat, Store, Turn, one_line
 from llambo.cli.kit.answer_views import Clock, show
 from llambo.cli.kit.follow import Interrupts
+from llambo.cli.kit.progress import wait_shown
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
@@ -105,10 +106,11 @@ class Dialogue:
         """`again`: the last question, in place of its answer, with another seed. Its own answer is not sent along."""
         asked_at = int(time.time())
         self._retries = self._retries + 1 if again else 0
-        if self.context.tokens is None:
-            self.context.tokens = _context_of(await self.client.model_info(model=self.saved.model or None))
         turns = self.saved.current[:-1] if again else self.saved.current
-        messages, most = await self._fitted(question, [turn for turn in turns if turn.answer])
+        with wait_shown(self.client, hidden=self.screen.as_json):
+            if self.context.tokens is None:
+                self.context.tokens = _context_of(await self.client.model_info(model=self.saved.model or None))
+            messages, most = await self._fitted(question, [turn for turn in turns if turn.answer])
         text, stream, error = await self._answer(messages, most)
         answer = stream.answer
         self.ending = _ending(answer.reason if answer else "error" if error else "cancelled", self._signals.interrupted)

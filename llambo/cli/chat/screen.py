@@ -70,7 +70,7 @@ class Screen:
         self._console = console
         self._colours = colours
         self._to_stderr = notices_to_stderr
-        self._as_json = as_json
+        self.as_json = as_json
 
     def print(self, text: str, tone: Tone = "plain") -> None:
         if self._to_stderr:
@@ -92,7 +92,7 @@ class Screen:
             self.print(f"({turn.mark})", "quiet")
 
     def answer_view(self, stream: Stream, waiting: Waiting) -> View:
-        if self._as_json:
+        if self.as_json:
             view = JsonView(self.out, stream)
             stream.on_place = view.placed
             return view

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import socket
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,12 +16,13 @@ import msgspec
 
 from llambo.cli.commands.models import show_file
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, ask, pass_common
+from llambo.cli.kit.common import Common, ask, asked_model, listens, pass_common
 from llambo.cli.kit.download_view import download, failure_of, view
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import client_options, config_option, json_option, settings_options, verbosity
 from llambo.cli.kit.tables import show_json, size
 from llambo.mesh.client.model_loading import ASK_S
+from llambo.mesh.wire.errors import LlamboError
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
@@ -39,6 +42,9 @@ llambo rm hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF:Q5_K_M
 llambo rm --yes ollama:llama3.2:1b
 llambo rm --yes ~/models/x.gguf                     a file that is in no cache
 """
+#: How long it takes at most until a host on this machine has found a file and reported it; and the pause between two
+#: questions about that.
+FOUND_S, ASK_AGAIN_S = 3.0, 0.1
 FORMS = "hf:ORG/REPO, hf:ORG/REPO:QUANT, hf:ORG/REPO/FILE.gguf, ollama:NAME:TAG, https://HOST/FILE.gguf"
 
 
@@ -72,7 +78,35 @@ def pull(common: Common, name: str, to: str, as_json: bool) -> None:
         _pull_at(common, str(ref), to, as_json=as_json)
         return
     download(ref)
-    show_file(common, name, as_json=as_json)
+    # A host calls it by the name that llambo.toml has for it.
+    aliases = common.settings.aliases
+    named = name if name in aliases else next((each for each in aliases if aliases[each] == str(ref)), str(ref))
+    show_file(common, named, as_json=as_json, served_by=_host_that_has(common, asked_model(named)))
+
+
+def _host_that_has(common: Common, model: str) -> str:
+    """The host on this machine that has found the model, so that it can be asked for now. Empty: there is none."""
+
+    async def work(client: Client) -> str:
+        machine = socket.gethostname()
+        if not any(host.machine == machine for host in await client.hosts()):
+            return ""
+        try:
+            async with asyncio.timeout(FOUND_S):
+                while True:
+                    hosts = {host.host for host in await client.hosts() if host.machine == machine}
+                    rows = [row for row in await client.models() if row.model == model]
+                    if found := next((each.host for row in rows for each in row.hosts if each.host in hosts), ""):
+                        return found
+                    await asyncio.sleep(ASK_AGAIN_S)
+        except TimeoutError:  # it serves other folders
+            return ""
+
+    try:
+        return ask(common, work) if listens(common) else ""
+    except LlamboError as error:  # a model is downloaded without a mesh, too
+        logging.getLogger(__name__).info("the mesh was not asked for %s: %s", model, error.text)
+        return ""
 
 
 def _pull_at(common: Common, ref: str, to: str, *, as_json: bool) -> None:

@@ -121,7 +121,8 @@ def show_named(common: Common, name: str, *, as_json: bool) -> None:
         show_json(info) if as_json else show_model(info)
 
 
-def show_file(common: Common, name: str, *, as_json: bool) -> None:
+def show_file(common: Common, name: str, *, as_json: bool, served_by: str = "") -> None:
+    """`served_by`: a host that has it, of a mesh that can be asked."""
     from llambo.mesh.service import host
     from llambo.worker.config import LlamaOptions
     from llambo.worker.llama import binding
@@ -139,6 +140,9 @@ def show_file(common: Common, name: str, *, as_json: bool) -> None:
     if as_json:
         show_json(asdict(found))
         return
+    loads = f"no: {found.problem}" if found.problem else f"yes: llambo up --model {shlex.quote(name)}"
+    if served_by and not found.problem:
+        loads = f"yes, on {served_by}: {_first_use(found.kind)} --model {shlex.quote(name)}"
     facts([
         ("file", found.path),
         ("size", size(found.size_bytes)),
@@ -146,8 +150,12 @@ def show_file(common: Common, name: str, *, as_json: bool) -> None:
         ("architecture", found.architecture),
         ("quantisation", found.quantisation),
         ("trained context", number(found.trained_context or "")),
-        ("loads", f"no: {found.problem}" if found.problem else f"yes: llambo up --model {shlex.quote(name)}"),
+        ("loads", loads),
     ])  # fmt: skip
+
+
+def _first_use(kind: str) -> str:
+    return {"embed": "llambo embed", "rerank": "llambo rerank"}.get(kind, "llambo chat")
 
 
 def _device_bytes(library: str) -> int:
@@ -201,7 +209,11 @@ def show_models(found: Sequence[ModelRow]) -> None:
         cells = (name, row.kind, number(row.workers), number(row.slots), number(row.waiting))
         rows.append((*cells, state_text(row)) if on_demand else cells)
     columns = ["served", "kind", "workers", "slots", "waiting", *(["state"] if on_demand else [])]
-    table(columns, rows, nothing="no model is served: start a `llambo-worker`")
+    table(
+        columns,
+        rows,
+        nothing="no model is served: start a `llambo-worker`, or `llambo pull` one where a host serves all",
+    )
     warn_of_variants({row.model: row.variants for row in found})
 
 

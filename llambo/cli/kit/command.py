@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from llambo.cli.kit.common import Common, key_hint, port_hint, user_name
+from llambo.cli.kit.common import Common, key_hint, no_model_hint, port_hint, user_name
 from llambo.cli.kit.failure import MEANING, Exit, Failure
 from llambo.cli.kit.std_streams import (
     NO_ROOM,
@@ -116,6 +116,8 @@ def _hint_here(code: Code, common: Common) -> str:
     """What is seen from this machine only; empty: nothing."""
     if code is Code.UNAUTHORIZED:
         return key_hint(common)
+    if code is Code.NO_WORKER:
+        return no_model_hint(common)
     return port_hint(common) if code is Code.NO_BROKER else ""
 
 

@@ -140,13 +140,31 @@ def key_hint(common: Common) -> str:
 
 def port_hint(common: Common) -> str:
     """The hint where a program listens and no broker answers; empty if none listens."""
+    at = listens(common)
+    return f"what listens at {at} is no broker, or hangs: `llambo doctor ports broker`" if at else ""
+
+
+def no_model_hint(common: Common) -> str:
+    """The hint where hosts would load models and have none; empty if that is not so."""
+    try:
+        hosts = ask(common, lambda client: client.hosts())
+    except LlamboError:  # the first error is the one that is shown
+        return ""
+    if not hosts or any(host.models for host in hosts):
+        return ""
+    names = ", ".join(sorted(host.host for host in hosts))
+    return f"{names} would load a model, and has none yet: `llambo pull hf:ORG/REPO` downloads one to its machine"
+
+
+def listens(common: Common) -> str:
+    """The first of the broker's addresses at which a program listens; empty if none does."""
     import socket
 
     from llambo.mesh.link.sockets import endpoint, split_all
 
     for host, port in split_all(where(common)[0]):
         with suppress(OSError), socket.create_connection((host, port), LISTENS_S):
-            return f"what listens at {endpoint(host, port)} is no broker, or hangs: `llambo doctor ports broker`"
+            return endpoint(host, port)
     return ""
 
 
@@ -171,17 +189,11 @@ def ask(common: Common, question: Callable[[Client], Awaitable[T]]) -> T:
     """While a task waits, as for its model to be loaded, stderr says for what."""
 
     async def answer() -> T:
-        from llambo.cli.kit.progress import Progress
-        from llambo.mesh.wire.reports import waiting
+        from llambo.cli.kit.progress import wait_shown
 
-        progress = Progress()
         async with connected(common) as client:
-            client.on_wait = lambda note: progress.show(waiting(note))
-            try:
+            with wait_shown(client):
                 return await question(client)
-            finally:
-                client.on_wait = None
-                progress.end()
 
     return run(common, answer())
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
 from llambo.cli.kit.answer_views import CLEAR_LINE
 from llambo.cli.kit.std_streams import paint
 from llambo.cli.kit.tables import one_line
+from llambo.mesh.wire.reports import waiting
+
+if TYPE_CHECKING:
+    from llambo.mesh.client.client import Client
 
 #: How often a changed text is printed where no line can be rewritten.
 PRINT_S = 5.0
@@ -41,3 +48,15 @@ class Progress:
     def end(self) -> None:
         if self._terminal and self._printed:
             paint(CLEAR_LINE, err=True)
+
+
+@contextmanager
+def wait_shown(client: Client, *, hidden: bool = False) -> Iterator[None]:
+    """While a task of this client waits, as for its model to be loaded, stderr says for what."""
+    progress = Progress(hidden=hidden)
+    client.on_wait = lambda note: progress.show(waiting(note))
+    try:
+        yield
+    finally:
+        client.on_wait = None
+        progress.end()

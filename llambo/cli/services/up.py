@@ -17,7 +17,7 @@ import sys
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,23 @@ from llambo.cli.kit.flags import config_option, fake_options, settings_options, 
 from llambo.cli.kit.follow import end_signals
 from llambo.cli.kit.std_streams import print_notice
 from llambo.cli.services.service import WORKERS, folder_of, worker_key
-from llambo.cli.services.worker import engine_and_model, hosted_names, worker_config
+from llambo.cli.services.worker import default_is_here, engine_and_model, hosted_names, lacks_models, worker_config
 from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, is_loopback, local_endpoint, split, split_all
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import ISSUED
 from llambo.mesh.service.extras import extra_command
-from llambo.mesh.service.host import exit_text, ready_line
+from llambo.mesh.service.host import exit_text, free_memory_bytes, ready_line
 from llambo.mesh.settings.settings import Settings
 from llambo.mesh.settings.settings_table import BY_NAME, of_roles
 from llambo.mesh.wire.messages import Kind
 from llambo.mesh.wire.timers import backoff_ms
 
 EXAMPLES = """
-llambo up                                with SmolLM2, if it is installed
+llambo up                                SmolLM2 if installed, or all that is here
 llambo up --model ~/models/x.gguf
 llambo up --model hf:ORG/REPO            on a terminal: downloads it first
 llambo up --models ~/models              loads each when it is asked for
+llambo up --models all                   those here, and those downloaded later
 llambo up --workers 3 --engine fake      without a model: words are made up
 llambo up --port 0                       on any free ports
 llambo up --bind 0.0.0.0 --keys keys     for other machines too: `llambo keys`
@@ -76,7 +77,11 @@ PAUSE_MS = (500, 8_000)
 STOP_S = (5.0, 2.0)
 #: The longest line of output that is passed on in one piece.
 LINE_BYTES = 64 * 1024
-#: A request body that works with every model.
+#: Small models for a machine that has none: the free memory that each needs with the default slots, its name, its size.
+TO_BEGIN_WITH = (
+    (4 << 30, "hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF", "1.1 GB"),
+    (0, "hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF", "0.5 GB"),
+)
 #: What a model is good for, by its kind: the words of a command, a path and a body.
 FIRST: dict[Kind, tuple[str, str, str]] = {
     "generate": (
@@ -102,17 +107,32 @@ FIRST: dict[Kind, tuple[str, str, str]] = {
 def up(common: Common, named: str | None, workers: int, no_http: bool) -> None:
     """Run a broker, workers and a gateway on this machine, until Ctrl-C. MODEL is the same as --model MODEL.
 
+    Without a model it serves SmolLM2, if that is installed, and otherwise each model of this machine that is asked for
+    (--models all), also those that `llambo pull` downloads later.
+
     A process that dies is restarted. Ctrl-C gives the workers a moment to finish; a second one kills everything.
     """
     if named is not None and common.flags.setdefault("model", named) != named:
         raise click.UsageError(f"two models are named, {named} and {common.flags['model']}; `llambo up` serves one")
     if workers > 1 and hosted_names(common.settings):
         raise click.UsageError(f"--workers {workers} and --models: one process loads all of these models")
-    if common.settings.text("engine") != "fake" and sys.stderr.isatty():
-        download_missing(common.settings)
+    if common.settings.text("engine") != "fake":
+        if sys.stderr.isatty():
+            download_missing(common.settings)
+        if workers == 1 and not any(common.settings.text(name) for name in ("model", "models", "lora")):
+            _serve_what_is_here(common)
     # A wrong setting is reported here once, and not by each child.
     worker_config(common.settings, "llambo up")
     click.get_current_context().exit(asyncio.run(run(commands(common, workers, http=not no_http))))
+
+
+def _serve_what_is_here(common: Common) -> None:
+    """Unless there is the model of a worker that is given none."""
+    from llambo.worker.host.catalogue import ALL
+
+    if not default_is_here(common.settings):
+        common.flags["models"] = ALL
+        common.settings = replace(common.settings, values={**common.settings.values, "models": ALL})
 
 
 # --- The commands of the children. ---
@@ -134,6 +154,8 @@ class MeshCommands:
     keys: Path | None = None
     #: The worker loads models when they are asked for.
     on_demand: bool = False
+    #: And there is none yet.
+    no_model: bool = False
     kind: Kind = "generate"
 
 
@@ -167,6 +189,7 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
         fake=engine == "fake",
         keys=folder.path.absolute() if folder is not None else None,
         on_demand=bool(hosted_names(settings)),
+        no_model=engine != "fake" and lacks_models(settings),
         kind=_kind_of(settings, engine, model),
     )  # fmt: skip
 
@@ -413,7 +436,9 @@ class LocalMesh:
 def show_first_commands(address: str, made: MeshCommands, url: str) -> None:
     workers = len(made.workers)
     flag = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
-    if made.on_demand:
+    if made.no_model:
+        report("there is no model on this machine yet; in another terminal:")
+    elif made.on_demand:
         report("models are loaded when they are asked for; in another terminal try:")
     else:
         report(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
@@ -423,14 +448,19 @@ def show_first_commands(address: str, made: MeshCommands, url: str) -> None:
         print_notice(f"    export LLAMBO_KEY={made.keys / ISSUED / 'admin.key'} LLAMBO_BROKER={address}", err=False)
         flag, token = "", ' -H "Authorization: Bearer $TOKEN"'
     first, path, body = FIRST[made.kind]
-    asking = ("models", 'send --model NAME "What is AI?"') if made.on_demand else (first,)
-    for words in (*asking, "status", "workers"):
+    if made.no_model:
+        _, name, size = next(each for each in TO_BEGIN_WITH if free_memory_bytes() >= each[0])
+        shown = (f"pull {name}   # {size}; or another one: `llambo help models`", f"chat --model {name}")
+    else:
+        asking = ("models", 'send --model NAME "What is AI?"') if made.on_demand else (first,)
+        shown = (*asking, "status", "workers")
+    for words in shown:
         print_notice(f"    llambo{flag} {words}", err=False)
     if url and made.keys is not None:
         print_notice(
             f"    TOKEN=$(llambo keys token admin --keys {made.keys})   # once: each call makes another", err=False
         )
-    if url:
+    if url and not made.no_model:
         print_notice(f"    curl {url}{path}{token} -d '{body}'", err=False)
         report(f"the dashboard is at {url}/")
     if made.keys is not None and not is_loopback(made.host):

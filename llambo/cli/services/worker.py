@@ -20,8 +20,6 @@ from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.identity import Identity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
     from llambo.mesh.wire.identity import PeerKey
@@ -121,7 +119,8 @@ def _serve_host(
             print_notice(f"llambo-worker: {config.name} is ready, at {at}; it loads models when they are asked for, "
                          f"into {memory}")  # fmt: skip
 
-    return run_host(config, Catalogue(names, template, room, settings.aliases), on_ready, notifier)
+    catalogue = Catalogue(names, template, room, settings.aliases, settings.text("models_dir"))
+    return run_host(config, catalogue, on_ready, notifier)
 
 
 def share_address(settings: Settings, key: PeerKey | None) -> str:
@@ -194,7 +193,7 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
         drain_ms=settings.number("drain_ms"),
         stall_ms=settings.number("stall_ms"),
     )
-    check_models(hosted_names(settings), config, settings.aliases, program)
+    check_models(settings, config, program)
     return config
 
 
@@ -215,23 +214,38 @@ def _adapters(settings: Settings, engine: str, served_as: str) -> tuple[Adapter,
         raise Failure(str(error), error.hint or model_files.GET) from error
 
 
-def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mapping[str, str], program: str) -> None:
-    """What --models names has to be there at the start. `llambo up` does not start without any model; a host that
-    runs as a service waits for the first file."""
+def check_models(settings: Settings, template: WorkerConfig, program: str) -> None:
+    """What --models names has to be there at the start. `llambo up` does not start with a folder that is empty; a host
+    that runs as a service waits for the first file, and one that serves all models of the machine for a download."""
     from llambo.worker.host import catalogue
     from llambo.worker.models import model_files
 
+    names = hosted_names(settings)
     try:
-        catalogue.check_names(names, template, aliases)
+        catalogue.check_names(names, template, settings.aliases)
     except catalogue.BadName as error:
         raise Failure(f"--models: {error}", "with --engine fake: --models a:200,b:300", Exit.USAGE) from error
     except model_files.NoSuchModel as error:
         raise Failure(f"--models: {error}", error.hint or model_files.GET) from error
-    if names and template.engine != "fake" and not catalogue.has_model(names, aliases):
-        text = f"--models: there is no model in {', '.join(names)}"
-        if program == "llambo up":
-            raise Failure(text, f"{program} --models hf:ORG/REPO   takes names, too\n  {model_files.GET}")
-        print_notice(f"{program}: {text} yet")
+    if template.engine == "fake" or not lacks_models(settings):
+        return
+    if is_all := catalogue.ALL in names:
+        text = "there is no model on this machine"
+    else:
+        text = f"there is no model in {', '.join(names)}"
+    if program != "llambo up":
+        print_notice(f"{program}: --models: {text} yet")
+    elif not is_all:
+        hint = f"put a GGUF file there; or, with what `llambo pull` downloads: {program} --models {catalogue.ALL}"
+        raise Failure(f"--models: {text}", f"{hint}\n  {model_files.GET}")
+
+
+def lacks_models(settings: Settings) -> bool:
+    """What --models names was checked, and there is no model in it yet."""
+    from llambo.worker.host import catalogue
+
+    names = hosted_names(settings)
+    return bool(names) and not catalogue.has_model(names, settings.aliases, settings.text("models_dir"))
 
 
 def brokers_of(addresses: str) -> tuple[str, ...]:
@@ -250,6 +264,17 @@ def brokers_of(addresses: str) -> tuple[str, ...]:
             places = []
         found |= dict.fromkeys(endpoint(place, port) for place in (places if len(places) > 1 else [host]))
     return tuple(found)
+
+
+def default_is_here(settings: Settings) -> bool:
+    """Whether there is the model of a worker that is given none."""
+    from llambo.worker.models import model_files
+
+    try:
+        model_files.resolve(DEFAULT_MODEL, settings.aliases, settings.text("models_dir"))
+    except model_files.NoSuchModel:
+        return False
+    return True
 
 
 def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tuple[str, str, str]:

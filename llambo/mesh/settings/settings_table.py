@@ -251,8 +251,8 @@ _WORKER = (
     row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; empty: smollm2"),
     row("worker.lora", Kind.TEXT, "", "adapters of the model, as NAME=FILE with commas between; requests name them as "
         "MODEL+NAME"),
-    row("worker.models", Kind.TEXT, "", "folders, files and names of models, separated by commas: each is loaded when "
-        "it is asked for"),
+    row("worker.models", Kind.TEXT, "", "folders, files and names of models, separated by commas, or all that this "
+        "machine has (all): each is loaded when it is asked for"),
     row("worker.memory_bytes", Kind.BYTES, 0, "memory for all models that are loaded at a time; 0: what is free at the "
         "start, but for a margin"),
     row("worker.model_ttl_ms", Kind.MS, 0, "a model that nothing has used for so long is unloaded; 0: never",

@@ -1,6 +1,7 @@
 """Which models a host can load, and the memory that each takes.
 
 What is named in `--models` is a folder, or whatever `--model` takes: a file, a name of llambo.toml, `hf:`, a package;
+or `all`, which is what `llambo models` lists of this machine, so that a model can be asked for once it is downloaded;
 with the fake engine `NAME[+ADAPTER...][:MIB][:KIND][:MSms]`, a model without a file. A file of a folder is called what
 the file is called, without `.gguf`; of two files with the same name the second one has the name of its folder before
 its own. Adapters among the files are served with the models that they belong to.
@@ -36,6 +37,8 @@ from llambo.worker.store import refs
 log = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
+#: Every model of this machine. A folder of that name is `./all`.
+ALL = "all"
 #: What of the free memory stays free, if no budget is configured: the larger of both.
 MARGIN_BYTES, MARGIN_SHARE = placement.MARGIN_BYTES, placement.MARGIN_SHARE
 _FAKE = re.compile(r"(?P<name>[^:]+)(?::(?P<mib>\d+))?(?::(?P<kind>generate|embed|rerank))?(?::(?P<ms>\d+)ms)?")
@@ -82,7 +85,8 @@ def capacity(template: WorkerConfig, memory_bytes: int) -> Capacity:
 
 
 class Catalogue:
-    """`named`: as in `--models`. `scan` may take seconds, and is called by one thread."""
+    """`named`: as in `--models`. `folder`: of models, beside the usual ones, for `ALL`. `scan` may take seconds, and is
+    called by one thread."""
 
     def __init__(
         self,
@@ -90,8 +94,10 @@ class Catalogue:
         template: WorkerConfig,
         room: Capacity,
         aliases: Mapping[str, str] = model_files.NO_ALIASES,
+        folder: str = "",
     ) -> None:
         self._named = named
+        self._folder = folder
         self._aliases = aliases
         self._template = template
         self._room = room
@@ -185,7 +191,9 @@ class Catalogue:
 
     def _named_by(self, named: str) -> Iterator[tuple[str, Path]]:
         """Raises NoSuchModel."""
-        if is_folder(named, self._aliases):
+        if is_all(named, self._aliases):
+            yield from model_files.served_names(self._folder, self._aliases)
+        elif is_folder(named, self._aliases):
             for path in _in_folder(named):
                 yield mesh_name(str(path)), path
         else:
@@ -250,6 +258,10 @@ def fake_model(text: str, template: WorkerConfig) -> Servable:
     return _called(Servable(StoredModel("", kind, {RAM: size}), config), mesh_name(model))
 
 
+def is_all(named: str, aliases: Mapping[str, str]) -> bool:
+    return named == ALL and named not in aliases
+
+
 def is_folder(named: str, aliases: Mapping[str, str]) -> bool:
     return named not in aliases and named not in model_files.PACKAGED and Path(named).expanduser().is_dir()
 
@@ -261,7 +273,9 @@ def check_names(
     for name in names:
         if template.engine == "fake":
             fake_model(name, template)
-        elif not is_folder(name, aliases) and not _is_downloadable(aliases.get(name, name)):
+        elif is_all(name, aliases) or is_folder(name, aliases):
+            continue
+        elif not _is_downloadable(aliases.get(name, name)):
             model_files.resolve(name, aliases)
 
 
@@ -273,9 +287,15 @@ def _is_downloadable(name: str) -> bool:
         raise model_files.NoSuchModel(str(error), error.hint) from error
 
 
-def has_model(names: tuple[str, ...], aliases: Mapping[str, str] = model_files.NO_ALIASES) -> bool:
-    """Of names that were checked: whether one of them is more than a folder without models."""
-    return any(not is_folder(name, aliases) or any(_in_folder(name)) for name in names)
+def has_model(names: tuple[str, ...], aliases: Mapping[str, str] = model_files.NO_ALIASES, folder: str = "") -> bool:
+    """Of names that were checked: whether one of them is more than a folder, or a machine, without models."""
+
+    def is_there(name: str) -> bool:
+        if is_all(name, aliases):
+            return any(model_files.served_names(folder, aliases))
+        return not is_folder(name, aliases) or any(_in_folder(name))
+
+    return any(map(is_there, names))
 
 
 def _in_folder(folder: str) -> Iterator[Path]:

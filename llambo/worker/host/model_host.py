@@ -63,8 +63,8 @@ from llambo.worker.share.share_server import ShareServer, Stock
 
 log = logging.getLogger(__name__)
 
-#: The pause between two looks at the files of models.
-SCAN_S = 5.0
+#: The pause between two looks at the files of models: within these bounds, so many times as long as a look takes.
+SCAN_S, SCAN_SHARE = (1.0, 5.0), 100
 
 
 class ModelHost:
@@ -416,6 +416,7 @@ class Looker:
         problem = ""
         while not self._stopped:
             self._due.clear()
+            began = clock.now_ms()
             try:
                 found = Scanned(self._catalogue.scan(), self._catalogue.missing_refs)
             except (BadName, OSError) as error:
@@ -431,7 +432,8 @@ class Looker:
                 if found != last:
                     last = found
                     self._inbox.post(found)
-            self._due.wait(SCAN_S)
+            took_s = (clock.now_ms() - began) / 1_000
+            self._due.wait(min(max(took_s * SCAN_SHARE, SCAN_S[0]), SCAN_S[1]))
 
 
 def run_host(

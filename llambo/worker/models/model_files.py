@@ -378,6 +378,15 @@ def on_this_host(
     return [each for each in found if not each.is_adapter]
 
 
+def served_names(folder: str, aliases: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
+    """The files that `on_this_host` lists, under the names that they have in a mesh."""
+    for name, path, where in _candidates(folder, aliases):
+        if where == caches.OLLAMA and isinstance(ref := refs.parse(name), OllamaRef):
+            yield ref.served_as, path
+        else:
+            yield name if name in aliases or name in PACKAGED else mesh_name(str(path)), path
+
+
 def look_at(
     model: str, path: Path, where: str, options: LlamaOptions, free_bytes: int, cores: int, missing: str = ""
 ) -> Found:

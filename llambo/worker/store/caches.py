@@ -21,6 +21,8 @@ from llambo.mesh.wire.tokens import UNDECODABLE
 from llambo.worker.store import refs
 from llambo.worker.store.refs import HubRef, OllamaRef, Ref, StoreError, UrlRef
 
+#: The place of its models, for people.
+OLLAMA = "Ollama"
 OLLAMA_MODEL = "application/vnd.ollama.image.model"
 #: Where Ollama keeps its models when it runs as a service.
 OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
@@ -161,7 +163,7 @@ def listed() -> Iterator[tuple[Ref, Path, str]]:
     for folder in (ollama_folder(), OLLAMA_SERVICE):
         for ollama, _ in _manifests(folder):
             if blob := _ollama_file(ollama, folder):
-                yield ollama, blob, "Ollama"
+                yield ollama, blob, OLLAMA
     for note in sorted(own_folder().glob("*/url")):
         try:
             ref = refs.parse(note.read_text(encoding="utf-8").strip())
