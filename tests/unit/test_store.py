@@ -370,6 +370,20 @@ def test_a_model_that_is_not_here_is_an_error_with_the_command_that_helps(
     assert done.exit_code == Exit.USAGE, done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["pull"], ["rm", "--yes"], ["models"], ["up"], ["up", "--models"], ["worker", "--model"], ["worker", "--models"]],
+    ids=" ".join,
+)
+def test_what_is_no_name_of_any_model_is_wrong_usage_of_every_command(
+    home: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr(binding, "missing", lambda library="": "")
+    for name in ("hf:a/../b", "hf:o", "ollama:../x", "https://", "https://h/x.txt"):
+        done = llambo(*words, name)
+        assert done.exit_code == Exit.USAGE, (name, done.stderr)
+
+
 def test_up_without_a_model_serves_what_is_here_and_what_comes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "missing", lambda library="": "")
     monkeypatch.setattr(model_files, "packaged", lambda model: None)

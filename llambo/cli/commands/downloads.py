@@ -71,7 +71,7 @@ def pull(common: Common, name: str, to: str, as_json: bool) -> None:
     try:
         ref = refs.parse(common.settings.aliases.get(name, name))
     except refs.StoreError as error:
-        raise Failure(str(error), error.hint, Exit.USAGE) from error
+        raise failure_of(error) from error
     if ref is None:
         raise Failure(f"{name} is not the name of a model that can be downloaded", FORMS, Exit.USAGE)
     if to:

@@ -11,7 +11,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, rows_of
-from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.download_view import failure_of
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.tables import Row, duration, facts, number, one_line, show_json, size, table, warn_of_variants
 from llambo.mesh.service.extras import install_command
@@ -132,7 +132,7 @@ def show_file(common: Common, name: str, *, as_json: bool, served_by: str = "") 
     try:
         path = model_files.resolve(name, common.settings.aliases, common.settings.text("models_dir")).path
     except model_files.NoSuchModel as error:
-        raise Failure(str(error), error.hint or model_files.GET) from error
+        raise failure_of(error, hint=model_files.GET) from error
     options, free_bytes = LlamaOptions(fewer_slots=True), host.free_memory_bytes() + _device_bytes(library)
     found = model_files.look_at(
         name, path, "", options, free_bytes, host.physical_cores(), missing=binding.missing(library)

