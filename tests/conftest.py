@@ -7,10 +7,15 @@ import inspect
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from llambo.testing.processes import TIMEOUT_S
 from tests import needs
+
+# A busy machine is slow, which says nothing of the code.
+hypothesis.settings.register_profile("llambo", deadline=None)
+hypothesis.settings.load_profile("llambo")
 
 # Started under nohup, or by a shell in the background, everything would ignore a terminal that is closed and Ctrl-C,
 # and so would the programs that tests start.

@@ -79,6 +79,7 @@ class Bench:
         user: str = "",
         kind: m.Kind | Literal[""] = "",
         paced: bool = True,
+        ordered: bool = False,
         adapters: Mapping[str, str] | None = None,
     ) -> Worker:
         """`adapters`: by name, what stands for the file."""
@@ -86,7 +87,7 @@ class Bench:
         for adapter, digest in (adapters or {}).items():
             own = naming.adapter_fingerprint(fingerprint, digest)
             infos.append(m.ModelInfo(naming.with_adapter(model, adapter), own, kind=kind))
-        hello = m.WorkerHello(name, incarnation, infos, slots, state=state, paced=paced)
+        hello = m.WorkerHello(name, incarnation, infos, slots, state=state, paced=paced, ordered=ordered)
         return Worker(self, route or name.encode() + incarnation, hello, user)
 
     def host(

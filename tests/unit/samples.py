@@ -81,7 +81,21 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.Problem(ERROR, ID, 5),
     ],
     "worker": [
-        m.WorkerHello("w-1", b"incarnat", MODELS, 8, (1, 2), "0.1.0", "gpu", "host-1", 77, "starting", "lib 1", True),
+        m.WorkerHello(
+            "w-1",
+            b"incarnat",
+            MODELS,
+            8,
+            (1, 2),
+            "0.1.0",
+            "gpu",
+            "host-1",
+            77,
+            "starting",
+            "lib 1",
+            True,
+            True,
+        ),
         m.WorkerHeartbeat(
             17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2, 43, MODELS, 8, 4.25, True, True, True, "lib 1"
         ),

@@ -187,7 +187,7 @@ def test_words_around_an_image_and_its_name_are_shown(text: str, width: int) -> 
     assert all(word in shown for word in ("w0w", "w1w", "w2w", "picture") if word in text), shown
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(MARKDOWN, st.integers(20, 100))
 def test_whatever_a_model_says_nothing_of_it_is_an_order_to_the_terminal(text: str, width: int) -> None:
     for line in lines_of(console(), printable(text), width):
@@ -196,7 +196,7 @@ def test_whatever_a_model_says_nothing_of_it_is_an_order_to_the_terminal(text: s
         assert bare == printable(bare)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from([scrap for scrap in SCRAPS if "&" not in scrap and "\\" not in scrap]), max_size=40))
 def test_no_word_is_lost(scraps: list[str]) -> None:
     # Every word has a number. Not shown are the first line of a fence, and the definition of a link.
@@ -229,7 +229,7 @@ def test_a_block_is_done_when_the_next_one_has_begun() -> None:
     assert finished("```\na\n```\nAfter.\n") == len("```\na\n```\n")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(MARKDOWN, MARKDOWN)
 def test_what_is_done_stays_as_it_is_whatever_follows(text: str, more: str) -> None:
     text, more = printable(text), printable(more)
@@ -250,7 +250,7 @@ def test_a_block_that_is_too_long_is_cut() -> None:
 # --- painting ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(
@@ -359,7 +359,7 @@ def test_a_block_without_an_end_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatc
     assert max(map(len, terminal.writes)) < 20 * BLOCK_CHARS
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(SCRAPS), max_size=30))
 def test_nothing_a_model_says_leaves_its_place(pieces: list[str]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:

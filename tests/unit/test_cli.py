@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import pytest
@@ -31,6 +31,7 @@ from llambo.cli.kit.flags import Duration
 from llambo.cli.kit.std_streams import filter_streams, json_text, paint, print_output
 from llambo.cli.kit.tables import duration, facts, number, size, table
 from llambo.cli.services import broker, worker
+from llambo.cli.services.service import gateway_key
 from llambo.cli.services.up import MeshCommands, commands, show_first_commands
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.client import Client
@@ -711,3 +712,20 @@ def test_an_answer_is_obeyed_by_no_terminal_and_kept_as_it_is_in_a_file() -> Non
 def test_what_is_harmless_stays_as_it_is() -> None:
     text = "naïve Ünïcode 日本語 😀\n\ttabs and lines"
     assert printable(text) == text
+
+
+def test_a_gateway_that_may_not_write_its_folder_of_keys_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service of systemd sees it read-only. Root, as which tests may run, could write: so the write is a fake."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    folder = Folder(tmp_path / "keys")
+    folder.begin("tcp://127.0.0.1:7330")
+    monkeypatch.setattr(Folder, "add", refuse)
+    with pytest.raises(Failure) as failed:
+        gateway_key(folder)
+    assert "Read-only file system" in failed.value.message
+    assert f"llambo keys add gateway --role client --keys {folder.path}" in failed.value.hint

@@ -8,11 +8,11 @@ import pytest
 from llambo.broker.records.request import RequestState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens
-from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.worker.agent import events as e
 from llambo.worker.engine import protocol as proto
 from tests.unit.broker_bench import Bench, Client, Worker, request_id, small_mesh
-from tests.unit.test_worker_core import dispatch, joined, running
+from tests.unit.test_worker_core import dispatch, joined, loaded, running
 
 NEVER_LOST = {"lease_ms": 10**6, "client_lease_ms": 10**6}
 
@@ -123,6 +123,19 @@ def test_the_order_is_sent_again_only_to_a_restarted_worker() -> None:
     beat(once_more)
     client.submit(1)
     assert len(once_more.dispatches) == 1
+
+
+def test_a_restarted_worker_that_another_broker_has_reached_is_not_drained_again() -> None:
+    bench = Bench(**NEVER_LOST)
+    worker, client = bench.worker(incarnation=b"1"), bench.client()
+    beat(worker, drained=True)  # through another broker
+    worker.send(m.Goodbye())
+    # It was restarted, and that broker has ended the drain before this one heard of the new process.
+    again = bench.worker(incarnation=b"2", ordered=True)
+    assert again.received(m.Drain) == []
+    beat(again)
+    client.submit(1)
+    assert len(again.dispatches) == 1
 
 
 def test_an_undo_reaches_a_worker_that_is_away() -> None:
@@ -286,3 +299,10 @@ def test_a_worker_that_leaves_is_not_kept_by_an_order(undo: bool) -> None:
     for _ in range(51):
         rig.alive(100).on(proto.Step([]))
     assert [exit.text for exit in rig.take(e.Exit)] == ["stopped; 1 runs go on elsewhere"]
+
+
+def test_a_worker_says_in_its_hello_whether_it_has_had_an_order() -> None:
+    assert not loaded().sent(m.WorkerHello)[-1].ordered
+    rig = joined().receive(m.Drain()).receive(m.Drain(undo=True)).clear()
+    rig.receive(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).wait(200)
+    assert rig.sent(m.WorkerHello)[-1].ordered

@@ -14,7 +14,7 @@ from llambo.fleet.decide.autoscale_core import Autoscaler, ClassLoad, Decision, 
 from llambo.fleet.model import Fleet, NodeClass, Scaling
 
 SECOND, MINUTE = 1_000, 60_000
-STEADY = settings(derandomize=True, database=None, deadline=None, max_examples=60)
+STEADY = settings(derandomize=True, database=None, max_examples=60)
 
 
 class Bench:

@@ -316,7 +316,7 @@ class Writer:
         self.noted.setdefault(path, self.text.count("\n") + 1)
 
 
-@settings(deadline=None, derandomize=True, max_examples=80, database=None)
+@settings(derandomize=True, max_examples=80, database=None)
 @given(st.data(), TABLES)
 def test_lines_of_whatever_layout_hypothesis_writes(data: Any, content: dict[str, Any]) -> None:
     writer = Writer(data.draw)

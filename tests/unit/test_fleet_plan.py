@@ -237,7 +237,7 @@ def cases(draw: Any) -> tuple[Fleet, World, Wanted]:
     return fleet, World(tuple(nodes), hosts), Wanted(counts=wanted, blocked=barred)
 
 
-STEADY = settings(derandomize=True, database=None, deadline=None, max_examples=250)
+STEADY = settings(derandomize=True, database=None, max_examples=250)
 
 
 @STEADY

@@ -207,7 +207,7 @@ def test_an_operator_may_stop_it() -> None:
 HOWS = st.sampled_from(["dies", "hangs", "wrong", "mute"])
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=100)
+@settings(derandomize=True, database=None, max_examples=100)
 @given(st.integers(1, 9), st.integers(1, 4), st.dictionaries(st.integers(1, 9), HOWS, max_size=3))
 def test_whatever_is_bad_no_more_are_lost_than_may_be_away(count: int, at_once: int, bad: dict[int, str]) -> None:
     wrong = {(f"tiny-{number:04}", "v2"): how for number, how in bad.items() if number <= count}

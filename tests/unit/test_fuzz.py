@@ -17,9 +17,7 @@ TARGETS = {each.name: each for each in targets.every()}
 MUTANTS = 1_500
 SHOTS = 2_500
 #: The same examples in each run: the commands search for new ones.
-STEADY = settings(
-    derandomize=True, database=None, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck)
-)
+STEADY = settings(derandomize=True, database=None, max_examples=150, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("name", TARGETS)

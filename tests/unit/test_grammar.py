@@ -84,7 +84,7 @@ def test_schemas_that_cannot_be_used(schema: str, problem: str) -> None:
 
 
 #: No deadline: the speed of this machine is not under test.
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+UNHURRIED = settings(suppress_health_check=[HealthCheck.too_slow])
 KEYS = ["$ref", "type", "enum", "const", "anyOf", "oneOf", "allOf", "properties", "required", "additionalProperties",
         "items", "prefixItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format", "minimum",
         "maximum", "exclusiveMinimum", "exclusiveMaximum", "nullable", "a"]  # fmt: skip

@@ -7,7 +7,6 @@ import os
 import random
 from pathlib import Path
 
-import hypothesis
 import msgspec
 import pytest
 from hypothesis import given
@@ -97,7 +96,6 @@ def test_a_path_of_a_server_stays_below_its_folder() -> None:
         assert not refs.is_safe_path(path), path
 
 
-@hypothesis.settings(deadline=None)
 @given(
     st.sampled_from(["hf:", "ollama:", "https://", "http://127.0.0.1/", "hf:o/", "ollama:o/r:", "https://hf.co/o/r/"]),
     st.text(st.sampled_from("ab./\\:@#%2e\x1bé-_ ") | st.characters(), max_size=30),

@@ -13,7 +13,7 @@ from llambo.mesh.wire.tool_calls import CallArguments, CallBegun, CallEnded, Con
 from tests.unit.gateway_bench import collect
 
 #: No deadline: the speed of this machine is not under test.
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+UNHURRIED = settings(suppress_health_check=[HealthCheck.too_slow])
 SEED = "00" * 16
 ID = call_id(SEED, 0)
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'

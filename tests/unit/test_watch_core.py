@@ -83,7 +83,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=STEPS)
 def test_who_follows_sees_what_is_there(steps: list[str]) -> None:
     bench = Bench(lease_ms=10**9, client_lease_ms=10**9)

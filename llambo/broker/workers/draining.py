@@ -71,10 +71,14 @@ def _order(state: State, name: str, order: m.Drain, now_ms: int) -> None:
 
 
 def joined(state: State, worker: WorkerEntry) -> None:
-    """A session begins. If another process of that name was drained, this one does not know of it."""
+    """A session begins. If another process of that name was drained, this one does not know of it.
+
+    Unless another broker has reached it before, perhaps with the end of that drain: then its heartbeat says what holds.
+    """
     order = state.registry.orders.get(worker.name)
     drained = state.registry.drained.get(worker.name)
-    if order is None and drained is not None and drained.incarnation != worker.hello.incarnation:
+    knows = worker.hello.ordered or (drained is not None and drained.incarnation == worker.hello.incarnation)
+    if order is None and drained is not None and not knows:
         order = state.registry.orders[worker.name] = m.Drain(move=drained.move)
     if order is not None:
         _set(state, worker, not order.undo, order.move)

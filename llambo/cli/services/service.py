@@ -294,7 +294,12 @@ def gateway_key(folder: Folder) -> PeerKey:
     from llambo.mesh.wire.identity import Identity
 
     if not folder.ring().named(GATEWAY):
-        folder.add(Identity(GATEWAY, "client"), int(time.time()))
+        try:
+            folder.add(Identity(GATEWAY, "client"), int(time.time()))
+        except OSError as error:  # a service may only read it
+            command = f"llambo keys add {GATEWAY} --role client --keys {folder.path}"
+            text = f"the gateway has no key in {folder.path}, and cannot make one there: {error.strerror}"
+            raise Failure(text, f"{command}   (as root)", Exit.USAGE) from error
     return folder.export(GATEWAY)
 
 

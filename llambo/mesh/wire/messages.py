@@ -98,6 +98,8 @@ class WorkerHello(Message, frozen=True):
     library: Name = ""
     #: It goes by `idle_ms` and by the intervals in heartbeats.
     paced: bool = False
+    #: An order to drain, or to end a drain, has reached this process.
+    ordered: bool = False
 
 
 class WorkerHeartbeat(Message, frozen=True):

@@ -66,7 +66,7 @@ class Announcement:
         same = hello is not None and serving == Serving(hello.models, hello.slots, hello.library)
         return None if same else serving
 
-    def hello(self, link: int, greeting: int, state: m.WorkerState) -> m.WorkerHello:
+    def hello(self, link: int, greeting: int, state: m.WorkerState, *, ordered: bool) -> m.WorkerHello:
         """A repeated hello has the same content: a broker reads only the first that arrives."""
         number, hello = self._sent.get(link, (0, None))
         if hello is None or number != greeting:
@@ -83,6 +83,7 @@ class Announcement:
                 state=state,
                 library=serving.library,
                 paced=True,
+                ordered=ordered,
             )
             self._sent[link] = greeting, hello
         return hello

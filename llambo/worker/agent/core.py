@@ -374,7 +374,8 @@ class WorkerCore:
             self._out.append(NotifyReady())
 
     def _hello(self, number: int) -> m.WorkerHello:
-        return self._announcement.hello(number, self.links[number].attempts.greetings, self.state)
+        greetings, ordered = self.links[number].attempts.greetings, self.drain.ordered
+        return self._announcement.hello(number, greetings, self.state, ordered=ordered)
 
 
 class LinkLog:

@@ -16,6 +16,8 @@ class DrainState:
         self.drained = False
         #: Brokers have to move what runs here to other workers.
         self.moving = False
+        #: Some broker has passed on an order to this process.
+        self.ordered = False
         #: When the process ends at the latest.
         self.stop_at_ms = NEVER_MS
         #: How often the process was asked to stop unless it is busy, and was busy.
@@ -32,7 +34,7 @@ class DrainState:
 
     def on_order(self, order: m.Drain) -> str:
         """What has changed, for the log; empty if nothing has."""
-        before = self.drained, self.moving
+        before, self.ordered = (self.drained, self.moving), True
         self.drained, self.moving = not order.undo, order.move and not order.undo
         if (self.drained, self.moving) == before:
             return ""
