@@ -175,11 +175,10 @@ def test_a_wrong_option_would_be_noticed() -> None:
 
 def test_the_first_hour_shows_what_is_printed_today(capsys: pytest.CaptureFixture[str]) -> None:
     page = text_of("docs/first-hour.md")
-    up.show_first_commands(
-        endpoint("127.0.0.1", DEFAULT_PORT), up.MeshCommands("", [], [("worker-1", [])]), "http://127.0.0.1:7340"
-    )
+    made = up.MeshCommands("", [], [("worker-1", [])], is_default=True)
+    up.show_first_commands(endpoint("127.0.0.1", DEFAULT_PORT), made, "http://127.0.0.1:7340")
     printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == 7
+    assert len(printed.splitlines()) == 8
     assert printed in page
 
     facts = page.split("$ llambo status\n")[1].partition("\n\n")[0].splitlines()

@@ -156,6 +156,8 @@ class MeshCommands:
     on_demand: bool = False
     #: And there is none yet.
     no_model: bool = False
+    #: The model is the one that is served if none is named.
+    is_default: bool = False
     kind: Kind = "generate"
 
 
@@ -189,6 +191,7 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
         fake=engine == "fake",
         keys=folder.path.absolute() if folder is not None else None,
         on_demand=bool(hosted_names(settings)),
+        is_default=engine != "fake" and not settings.text("model") and not hosted_names(settings),
         no_model=engine != "fake" and lacks_models(settings),
         kind=_kind_of(settings, engine, model),
     )  # fmt: skip
@@ -462,6 +465,9 @@ def show_first_commands(address: str, made: MeshCommands, url: str) -> None:
         )
     if url and not made.no_model:
         print_notice(f"    curl {url}{path}{token} -d '{body}'", err=False)
+    if made.is_default:
+        report("`llambo up --models all` serves all models of this machine, also those that `llambo pull` will bring")
+    if url:
         report(f"the dashboard is at {url}/")
     if made.keys is not None and not is_loopback(made.host):
         show_elsewhere(made.keys / ISSUED, address, first)
