@@ -117,6 +117,22 @@ def test_those_that_may_have_more_at_the_same_time_keep_their_order(order: str) 
     assert room.serve_names(4) == "abab"
 
 
+def test_who_was_passed_over_while_none_was_served_has_its_turn() -> None:
+    room = Room(a=1)
+    room.put("a", 2)
+    room.put("b", 2)
+    # Given one whose turn it is, and that has as many running as it may: in another class, say
+    room.accounts["a"].in_flight = 1
+    # When it is passed over, and no worker has a slot for the one behind it
+    waiting = room.room.first(Lane("m"))
+    assert waiting is not None and waiting.owner == "b"
+    room.accounts["a"].in_flight = 0
+    room.room.eased["a"] = room.accounts["a"]
+    room.room.readmit()
+    # Then it has not lost its turn
+    assert room.serve_names(2) == "ab"
+
+
 def test_none_is_dispatched_when_all_are_at_their_running_limit() -> None:
     room = Room(a=1, b=1)
     room.put("a", 5)

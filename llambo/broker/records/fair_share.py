@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 class Share:
     """What one identity has waiting in one class. Entries of requests that left are skipped when met."""
 
-    __slots__ = ("count", "gone", "heap", "line", "placed")
+    __slots__ = ("count", "gone", "heap", "held_at", "line", "placed")
 
     def __init__(self, line: Line) -> None:
         self.line = line
         self.count = 0
         #: How many were put here, and have left, ever.
         self.placed = self.gone = 0
+        #: How many turns the circle had given when this identity was held back.
+        self.held_at = 0
         self.heap: list[tuple[int, int, Request]] = []
 
     def put(self, request: Request, due: int) -> None:
@@ -69,14 +71,17 @@ class Share:
 class Circle:
     """The identities that wait in one class, in the order of their turns. None has an empty share."""
 
-    __slots__ = ("_held", "_open", "_sizes", "count", "turn")
+    __slots__ = ("_held", "_open", "_sizes", "count", "served", "turn")
 
     def __init__(self) -> None:
         self.count = 0
+        #: Turns that were given, ever.
+        self.served = 0
         #: When the class as a whole has its next turn.
         self.turn = 0.0
         self._open: OrderedDict[str, Share] = OrderedDict()
-        #: Those that have as many running as they may. `readmit` puts them back, at the end of the circle.
+        #: Those that have as many running as they may. `readmit` puts them back: where they were, if none has had a
+        #: turn meanwhile, and otherwise at the end of the circle.
         self._held: dict[str, Share] = {}
         #: How many of `_open` have so many waiting: that is what `before` needs, and cheap to keep.
         self._sizes: dict[int, int] = {}
@@ -107,12 +112,14 @@ class Circle:
             if not request.account.full:
                 return request
             share = self._held[owner] = self._open.pop(owner)
+            share.held_at = self.served
             self._resize(share.count, 0)
         return None
 
     def left(self, request: Request, served: bool) -> None:
         owner = request.owner
         self.count -= 1
+        self.served += served
         if owner in self._open:
             left = request.place.share.count
             self._resize(left + 1, left)
@@ -132,6 +139,9 @@ class Circle:
         for owner in back:
             share = self._open[owner] = self._held.pop(owner)
             self._resize(0, share.count)
+        for owner in reversed(back):
+            if self._open[owner].held_at == self.served:
+                self._open.move_to_end(owner, last=False)
         return bool(back)
 
     def before(self, request: Request) -> int:
