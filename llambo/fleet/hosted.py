@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from llambo.fleet.model import HostedRow
@@ -96,4 +97,5 @@ async def prove(client: Client, name: str) -> str:
             await asyncio.sleep(LOOK_S)
     finally:
         if tried:
-            await client.release_model(tried, host=name, holder=HOLDER)
+            with suppress(LlamboError):  # the verdict counts; it is given back after HOLD_MS in any case
+                await client.release_model(tried, host=name, holder=HOLDER)

@@ -380,7 +380,8 @@ class NodeManager:
             async with self.mesh() as client:
                 workers = await _workers(client, step.name)
                 for worker in workers:
-                    await client.drain(worker, move=True)
+                    with _unless_gone():
+                        await client.drain(worker, move=True)
         return workers
 
     async def drain(self, node: str, *, undo: bool) -> tuple[DrainReply, list[str]]:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import NoReturn
 
 import pytest
 import zmq
 
 from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.security.keyring import Folder
-from llambo.mesh.wire.messages import FileGrant
+from llambo.mesh.wire.messages import FileGrant, FileOrder, FileSource, HostedFile
 from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.testing.processes import TIMEOUT_S, Process
+from llambo.worker.host import model_host
+from llambo.worker.share import model_fetch
 from llambo.worker.share import share_messages as s
+from llambo.worker.share.model_fetch import ModelFetch
 from llambo.worker.share.share_server import ShareServer, Stock
 from llambo.worker.store import pull
 from tests.integration.bad_host import FAULT
@@ -156,3 +164,97 @@ def test_a_question_whose_answer_fails_is_refused_and_the_next_one_is_answered(
     finally:
         server.close()
         context.destroy(linger=0)
+
+
+SHA = "0" * 64
+LINK = f"https://files.invalid/a.gguf#sha256={SHA}"
+Reply = Callable[[s.FileMessage], list[bytes]]
+
+
+class _Source(Thread):
+    """A fake host that answers as a test says."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(daemon=True)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self.port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self._reply = reply
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while True:
+                route, question = self._socket.recv_multipart()
+                if answer := self._reply(s.decode_question(question)):
+                    self._socket.send_multipart([route, *answer])
+        except zmq.ContextTerminated:
+            self._socket.close(linger=0)
+
+    def close(self) -> None:
+        self._context.term()
+        self.join(TIMEOUT_S)
+
+
+@pytest.fixture
+def followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Reply, str], HostedFile]]:
+    """Fetches LINK from a fake host, until a report of it has this state."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(model_fetch, "STUCK_MS", 300)
+    begun: list[_Source | ModelFetch] = []
+
+    def follow(reply: Reply, state: str) -> HostedFile:
+        source = _Source(reply)
+        reports: SimpleQueue[HostedFile] = SimpleQueue()
+        order = FileOrder(LINK, True, False, [FileSource("bad", f"tcp://127.0.0.1:{source.port}", bytes(16))], 1)
+        begun.extend([fetch := ModelFetch(order, None, Stock(), lambda _, file: reports.put(file)), source])
+        seen: list[HostedFile] = []
+        while not seen or seen[-1].state != state:
+            assert not seen or seen[-1].state not in ("failed", "absent"), seen
+            seen.append(reports.get(timeout=TIMEOUT_S))
+        fetch.stop()
+        return seen[-1]
+
+    yield follow
+    for each in begun:
+        each.stop() if isinstance(each, ModelFetch) else each.close()
+
+
+def _described(*sizes: int) -> list[bytes]:
+    files = [s.SharedFile("a.gguf", size, SHA) for size in sizes]
+    return [s.encode(s.ModelFiles(s.SharedModel(LINK, files)))]
+
+
+def test_a_fetch_whose_source_does_not_describe_it_is_stuck(followed: Callable[[Reply, str], HostedFile]) -> None:
+    followed(lambda _: [], "stuck")
+
+
+def test_a_wrong_description_is_no_end_of_a_fetch(followed: Callable[[Reply, str], HostedFile]) -> None:
+    followed(lambda _: _described(100, 100), "stuck")
+
+
+def test_a_chunk_that_is_too_short_is_wrong(followed: Callable[[Reply, str], HostedFile]) -> None:
+    data = b"GGUF"
+
+    def reply(question: s.FileMessage) -> list[bytes]:
+        match question:
+            case s.AskModel():
+                return _described(100)
+            case s.AskSums(_, _, first):
+                return [s.encode(s.Sums(SHA, first, hashlib.sha256(data).digest() if first == 0 else b""))]
+            case s.AskChunk(_, _, number):
+                return [s.encode(s.Chunk(SHA, number)), data]
+        raise AssertionError(question)
+
+    assert followed(reply, "stuck").wrong == ["bad"]
+
+
+def test_without_a_network_others_are_sent_to_the_name_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake of the system call, since a test has no machine without routes."""
+
+    class NoRoute(socket.socket):
+        def connect(self, _: object) -> NoReturn:
+            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "socket", NoRoute)
+    assert model_host.reachable("0.0.0.0", 7341, "tcp://192.0.2.1:7330") == f"tcp://{socket.gethostname()}:7341"

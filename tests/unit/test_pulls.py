@@ -152,3 +152,18 @@ def test_an_unknown_host_is_refused() -> None:
     client = Bench(**NEVER_LOST).client()
     client.send(m.PullModel(3, REF, "nowhere"))
     assert client.problems[-1].error.code == Code.UNKNOWN_WORKER
+
+
+def test_a_host_that_comes_and_goes_leaves_no_tickets() -> None:
+    bench = Bench(**NEVER_LOST)
+    source, client = Sharing(bench, "a"), bench.client()
+    coming = Sharing(bench, "b")
+    pulled(client)
+    source.has("here", 100)
+    for _ in range(10):
+        coming.has("waiting")
+        coming.send(m.Goodbye())
+        coming = Sharing(bench, "b")
+    coming.has("waiting")
+    (pull,) = bench.state.hosts.pulls.values()
+    assert pull.tickets.keys() == {(source.session, coming.session)}

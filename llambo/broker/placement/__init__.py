@@ -1,1 +1,1 @@
-"""Which model is loaded at which host: the decision, its wishes as state, sessions of hosts, holds of clients."""
+"""Which model is loaded where, and what its requests wait for (decide); wishes, sessions of hosts, holds of clients."""

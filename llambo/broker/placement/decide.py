@@ -1,4 +1,4 @@
-"""Which model is to be loaded where, and what may be unloaded for it: a pure function.
+"""Which model is to be loaded where, what may be unloaded for it, what its requests wait for: a pure function.
 
 Models have their turn in the order in which they were asked for; those that no worker serves come before second copies.
 For each, in this order:

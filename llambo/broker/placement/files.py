@@ -120,6 +120,10 @@ def settle(state: State, now_ms: int) -> None:
         silent_ms = now_ms - pull.asked_at
         if silent_ms >= (OLD_MS if _wanting(state, pull) else DONE_MS):
             del hosts.pulls[pull.ref]
+        # A host that comes back has another session, and gets other tickets.
+        gone = [pair for pair in pull.tickets if not hosts.sessions.keys() >= set(pair)]
+        for pair in gone:
+            del pull.tickets[pair]
     orders: dict[str, list[m.FileOrder]] = {}
     grants: dict[str, list[m.FileGrant]] = {}
     for pull in hosts.pulls.values():

@@ -197,9 +197,8 @@ def accepts(state: State, request: Request, asked: m.Attach, now_ms: int) -> boo
     if agrees(request, held, asked.fingerprint):
         return True
     ours = request.transcript.ids()
-    if request.task != "generate" or tokens.ids_of(held)[: len(ours)] != ours:
-        return False
-    if ours and _differ(run.fingerprint, asked.fingerprint):
+    differ = _differ(run.fingerprint, asked.fingerprint)
+    if request.task != "generate" or tokens.ids_of(held)[: len(ours)] != ours or (ours and differ):
         return False
     state.measured.meter.count(request)
     waits = request.state is RequestState.WAITING
@@ -210,10 +209,9 @@ def accepts(state: State, request: Request, asked: m.Attach, now_ms: int) -> boo
         ending.cancel_run(state, request)
     request.transcript.restore(held)
     request.measured.counted = request.transcript.next_index
-    if _differ(run.fingerprint, asked.fingerprint):
-        run.fingerprint = asked.fingerprint
+    run.fingerprint = asked.fingerprint or run.fingerprint
+    if differ:
         ending.announce_model(state, request)
-    run.fingerprint = run.fingerprint or asked.fingerprint
     if waits:
         state.queue.put(request, now_ms)
         if not dispatching.finish_complete(state, request, now_ms) and not request.place.awaiting_run:

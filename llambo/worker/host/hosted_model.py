@@ -1,4 +1,4 @@
-"""A model as its host knows it: its state, who holds it, when it was loaded and used.
+"""A model as its host knows it: its state, who holds it, when it was used, and whether it may be unloaded (`idle`).
 
 stored --> loading --> ready --> unloading --> stored
               |

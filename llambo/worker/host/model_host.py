@@ -210,10 +210,14 @@ class ModelHost:
         fetch = self._fetches.get(order.ref)
         if fetch is not None:
             fetch.update(order)
-        else:
+            return
+        try:
             self._fetches[order.ref] = ModelFetch(
                 order, self._config.key, self._library, lambda *each: self._inbox.post(FetchReport(*each))
             )
+        except (OSError, RuntimeError, zmq.ZMQError) as error:  # no descriptors, or no threads, are left
+            note = f"it cannot be fetched: {error}"
+            self._inbox.post(FileChanged(m.HostedFile(order.ref, "failed", note=note, attempt=order.attempt)))
 
     def _stop_fetching(self, ref: str) -> None:
         fetch = self._fetches.pop(ref, None)
@@ -285,11 +289,11 @@ def reachable(bound_to: str, port: int, broker: str) -> str:
         host, broker_port = sockets.split(broker)
         try:
             ip = sockets.resolve(host)[0]
-        except LlamboError:  # the name may be defined later
+            with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((ip, broker_port))  # sends nothing
+                bound_to = str(probe.getsockname()[0])
+        except (LlamboError, OSError):  # the name may be defined later, and the network may be up later
             return sockets.endpoint(socket.gethostname(), port)
-        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((ip, broker_port))  # sends nothing
-            bound_to = str(probe.getsockname()[0])
     return sockets.endpoint(bound_to, port)
 
 

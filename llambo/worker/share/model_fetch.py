@@ -28,6 +28,7 @@ from llambo.worker.models import model_files
 from llambo.worker.share import share_messages as s
 from llambo.worker.share.fetch_core import (
     CREDITS,
+    STUCK_MS,
     AskForChunk,
     AskForSums,
     DropHost,
@@ -83,6 +84,8 @@ class ModelFetch:
 
     def __init__(self, order: m.FileOrder, key: PeerKey | None, library: Stock, report: Report) -> None:
         self._order = order
+        #: Of the order that is carried out: one that comes meanwhile and has a later number is another try.
+        self._attempt = order.attempt
         self._key = key
         self._library = library
         self._report = report
@@ -90,6 +93,8 @@ class ModelFetch:
         self._waker = Waker()
         self._stopped = False
         self._now = _Progress()
+        #: Those that have sent what cannot be read, which is logged once.
+        self._unreadable: set[str] = set()
         #: The hosts that have sent wrong bytes, of each file.
         self._dropped: dict[str, set[str]] = {}
         self._context: zmq.Context[Any] = zmq.Context()
@@ -162,18 +167,22 @@ class ModelFetch:
     # --- what it consists of ---
 
     def _describe(self, ref: refs.Ref) -> pull.Download:
-        """By its source, or by the first host that answers."""
+        """By its source, or by the first host that answers. It is stuck when those that there are do not answer."""
         asked_at: dict[m.FileSource, int] = {}
+        asked: list[m.FileSource] | None = None
+        since = 0
         while True:
             order = self._look()
             if order.outside:
                 return pull.plan(ref, self)
+            if order.sources != asked:
+                asked, since = order.sources, clock.now_ms()
             self._connect(order)
             for source in self._hosts:
                 recently = clock.now_ms() - asked_at.get(source, -ASK_MS) < ASK_MS
                 if not recently and self._send(source, s.AskModel(source.ticket)):
                     asked_at[source] = clock.now_ms()
-            self._tell("waiting")
+            self._tell("stuck" if clock.now_ms() - since >= STUCK_MS else "waiting")
             for source, answer, _ in self._answers():
                 if isinstance(answer, s.ModelFiles):
                     model = answer.model
@@ -181,12 +190,12 @@ class ModelFetch:
                     try:
                         made = pull.described(ref, facts, model.commit, model.manifest)
                     except refs.StoreError as error:
-                        log.warning("%s: %s", source.host, error)
+                        self._cannot_read(source, error)
                         continue
                     return made
 
     def _fetch_file(self, blob: Blob, made: pull.Download) -> None:
-        """Raises StoreError. Without an end while wrong bytes come from hosts: each of them is asked once."""
+        """Raises StoreError. Wrong bytes of hosts are no reason to: it begins anew without those that are to blame."""
         while True:
             before = self._now.done
             bring = _Bring(self, blob, made)
@@ -218,7 +227,7 @@ class ModelFetch:
         now, at = self._now, clock.now_ms()
         if force or at - now.reported_at >= REPORT_MS:
             now.reported_at = at
-            attempt, ref = self._order.attempt, self._order.ref
+            attempt, ref = self._attempt, self._order.ref
             wrong = sorted(set().union(*self._dropped.values()))[: limits.SOURCES_PER_FILE]
             file = m.HostedFile(ref, state, now.done, now.size, now.outside, now.note[:256], attempt, wrong)
             self._report(self, file)
@@ -263,8 +272,13 @@ class ModelFetch:
                 try:
                     found.append((source, s.decode_answer(frames[0]), frames[1] if len(frames) > 1 else b""))
                 except UNDECODABLE as error:
-                    log.warning("%s sends what cannot be read: %s", source.host, error)
+                    self._cannot_read(source, error)
         return found
+
+    def _cannot_read(self, source: m.FileSource, error: Exception) -> None:
+        level = logging.DEBUG if source.host in self._unreadable else logging.WARNING
+        self._unreadable.add(source.host)
+        log.log(level, "%s sends what cannot be read: %s", source.host, error)
 
 
 class _Bring:
@@ -330,7 +344,8 @@ class _Bring:
                 size = s.SUM_BYTES
                 return core.on_sums(host, first, [sums[at : at + size] for at in range(0, len(sums), size)], now_ms)
             case s.Chunk(sha, number) if sha == self._blob.sha256:
-                keep, actions = core.on_chunk(host, number, sha256(data).digest(), now_ms)
+                whole = len(data) == min(CHUNK_BYTES, self._blob.size - number * CHUNK_BYTES)
+                keep, actions = core.on_chunk(host, number, sha256(data).digest() if whole else b"", now_ms)
                 if keep:
                     self._early[number] = data
                 return actions

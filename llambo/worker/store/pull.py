@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -241,7 +242,7 @@ def _publish(folder: Path, commit: str, blobs: dict[str, Blob]) -> None:
         if link.exists() and link.samefile(blob.path):
             continue
         link.parent.mkdir(parents=True, exist_ok=True)
-        new = link.with_name(f".{link.name[:200]}.{os.getpid()}")
+        new = link.with_name(f".{link.name[:200]}.{_mine()}")
         new.unlink(missing_ok=True)
         new.symlink_to(os.path.relpath(blob.path, link.parent))
         new.replace(link)
@@ -251,9 +252,14 @@ def _publish(folder: Path, commit: str, blobs: dict[str, Blob]) -> None:
         _write(main, commit.encode())
 
 
+def _mine() -> str:
+    """Of this thread: a host fetches two models at a time."""
+    return f"{os.getpid()}.{threading.get_ident()}"
+
+
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new = path.with_name(f".{path.name}.{_mine()}")
     new.write_bytes(content)
     new.replace(path)
     sync_folder(path.parent)
@@ -318,8 +324,10 @@ def _url_web(ref: UrlRef) -> Web:
 
 def _url_made(ref: UrlRef, found: list[tuple[FileFacts, str]]) -> Download:
     """`found`: what is known of each file, and what identifies this state of it at its source."""
-    blobs = []
-    for part, (facts, version) in zip(ref.parts(), found, strict=True):
+    parts, blobs = ref.parts(), []
+    if len(parts) != len(found):
+        raise StoreError(f"{ref}: {len(parts)} files, and not {len(found)}")
+    for part, (facts, version) in zip(parts, found, strict=True):
         if part.sha256 not in ("", facts.sha256) or part.file != facts.path:
             raise StoreError(f"{ref}: these are not its files")
         path = caches.url_file(part)
