@@ -24,8 +24,9 @@ from types import TracebackType
 from typing import Any
 
 from llambo import Client
+from llambo.mesh.client.answer_stream import Stream
 from llambo.mesh.security import keys
-from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.testing.mesh import truth
 
 #: Requests at a time, tokens of each, and the pause between two of the same line.
@@ -130,8 +131,7 @@ async def _line(client: Client, number: int, tallies: list[Tally], over: asyncio
         prompt, began = f"honest {number} {count}", time.monotonic()
         try:
             async with asyncio.timeout(REQUEST_S):
-                stream = client.stream(prompt, model="fake", max_tokens=TOKENS, seed=count)
-                ids = [id async for piece in stream for id in piece.ids]
+                stream, ids = await _answered(client, prompt, count)
         except (LlamboError, TimeoutError) as error:
             code = error.code.value if isinstance(error, LlamboError) else "nothing for a minute"
             tallies[-1].errors[code] = tallies[-1].errors.get(code, 0) + 1
@@ -141,6 +141,18 @@ async def _line(client: Client, number: int, tallies: list[Tally], over: asyncio
             tally.wrong += ids != truth(prompt, count, TOKENS)
             tally.moves += stream.answer.moves if stream.answer else 0
         await asyncio.sleep(PAUSE_S)
+
+
+async def _answered(client: Client, prompt: str, seed: int) -> tuple[Stream, list[int]]:
+    """A broker that does not keep up, as on a busy machine, says when to come back. The time until then counts."""
+    while True:
+        stream = client.stream(prompt, model="fake", max_tokens=TOKENS, seed=seed)
+        try:
+            return stream, [id async for piece in stream for id in piece.ids]
+        except LlamboError as error:
+            if error.code is not Code.BUSY or not error.retry_after_ms:
+                raise
+            await asyncio.sleep(error.retry_after_ms / 1_000)
 
 
 async def _use_hostile_mesh(address: str, over: asyncio.Event) -> None:
