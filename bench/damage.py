@@ -112,10 +112,13 @@ class Agent:
 
     def replace(self, content: bytes) -> Tried:
         since = self.put(content)
+        self._kill_engine()
+        return self.load(since)
+
+    def _kill_engine(self) -> None:
         for engine in self._process.children():
             with suppress(ProcessLookupError):
                 os.kill(engine, signal.SIGKILL)
-        return self.load(since)
 
     def load(self, since: float) -> Tried:
         """The result of the first engine that was started after that time."""
@@ -128,8 +131,11 @@ class Agent:
                     continue  # a line of the engine child itself
                 if line.startswith("engine: starting"):
                     started = started or float(moment) > since
-                elif started and line.startswith("engine: ready"):
-                    break
+                elif line.startswith("engine: ready"):
+                    if started:
+                        break
+                    if float(moment) > since:  # it was being started when the others were killed: the next one counts
+                        self._kill_engine()
                 elif started and line.startswith("engine: "):
                     died = "was ended by" in line or "stalled" in line or "exited with status 1" in line
                     return Tried("", "engine died" if died else "refused", line.removeprefix("engine: "))
